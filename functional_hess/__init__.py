@@ -1,0 +1,48 @@
+"""Composable second-order calculus for PyTorch functions of trees of parameters."""
+
+from functional_hess import testing, tree
+from functional_hess.chunking import MemoryLimitError
+from functional_hess.guards import MissingDerivativeError, RandomnessError
+from functional_hess.products import grad_and_hvp, hvp
+from functional_hess.second_order import (
+    explain,
+    hessian,
+    hessian_blocks,
+    hessian_diagonal,
+    hessian_rows,
+    value_grad_and_hessian,
+)
+from functional_hess.transforms import DependenceError, grad, jacfwd, jacrev, jvp, linearize, value_and_grad, vjp, vmap
+from functional_hess.tree import Space, partition, register
+
+__all__ = [
+    # trees
+    "Space",
+    "partition",
+    "register",
+    "tree",
+    # first order
+    "grad",
+    "value_and_grad",
+    "jvp",
+    "vjp",
+    "linearize",
+    "jacfwd",
+    "jacrev",
+    "vmap",
+    # second order
+    "hvp",
+    "grad_and_hvp",
+    "hessian",
+    "value_grad_and_hessian",
+    "hessian_rows",
+    "hessian_blocks",
+    "hessian_diagonal",
+    "explain",
+    # checks and errors
+    "testing",
+    "DependenceError",
+    "MemoryLimitError",
+    "MissingDerivativeError",
+    "RandomnessError",
+]

@@ -1,0 +1,348 @@
+"""How many directions at once: memory known beforehand, and bounded.
+
+The memory of k Hessian rows at a time is linear in k. With P the bytes of the parameters and S the bytes that one evaluation
+of f makes (an upper bound of what its backward pass keeps),
+
+    working(k) <= 2 P (k + 1) + 4 S (k + 1) + k P,
+
+which costs one plain evaluation to know (:func:`survey`). Where that bound is too coarse, the rows are run once on fake tensors,
+which allocate nothing, with a counter of live storages (:func:`measured`). The automatic chunk keeps the working set within
+max(64 MiB, output / 10), and output and working set together within 60 % of what is available (system, cgroup, RLIMIT_AS, or the
+accelerator), or within ``memory_limit``. A call that cannot fit is refused before anything is allocated.
+
+Within memory, the chunk is the one that keeps a typical intermediate result in the cache: smaller chunks are often faster too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from functional_hess.tree import tensors_of
+
+__all__ = [
+    "Estimate",
+    "MemoryLimitError",
+    "Survey",
+    "available_bytes",
+    "chunk_for",
+    "closed_bound",
+    "measured",
+    "parse_bytes",
+    "progress_bar",
+    "survey",
+]
+
+MIB = 2**20
+WORKING_SET = 64 * MIB
+SHARE_OF_AVAILABLE = 0.6
+CACHE_TARGET = {"cpu": 1.5 * MIB}  # bytes of one batched intermediate
+CACHE_TARGET_ACCELERATOR = 64.0 * MIB
+FEWEST_FOR_SPEED = 32
+
+
+class MemoryLimitError(MemoryError):
+    """A call would need more memory than there is; nothing has been allocated."""
+
+
+# ---------------------------------------------------------------------------------------------------- looking at f once
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """One plain evaluation of f, watched.
+
+    ``order`` lists the leaves as f first uses them; ``saved`` is S, the bytes of its intermediate results; ``calls`` their number.
+    """
+
+    value: Any
+    aux: Any
+    order: tuple[int, ...]
+    saved: int
+    calls: int
+
+
+class _Watch(TorchFunctionMode):
+    def __init__(self, leaves: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.number = {id(t): i for i, t in reversed(list(enumerate(leaves)))}
+        self.order: dict[int, None] = {}
+        self.storages: set[int] = {id(t) for t in leaves}
+        self.saved = self.calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        self._note((*args, *kwargs.values()) if kwargs else args)
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, Tensor) and t.is_floating_point() and not t._is_view():
+                self.saved += t.numel() * t.element_size()
+                self.calls += 1
+        return out
+
+    def _note(self, args: Sequence[Any]) -> None:
+        for arg in args:
+            if isinstance(arg, (tuple, list)):
+                self._note(arg)
+            elif isinstance(arg, Tensor) and id(arg) in self.number:
+                self.order.setdefault(self.number[id(arg)])
+
+
+def survey(f: Callable[..., tuple[Any, Any]], x: Sequence[Tensor]) -> Survey:
+    """Evaluate ``f(*x) -> (value, aux)`` once, without derivatives, and watch it."""
+    aliases = tuple(t.view_as(t) for t in x)  # so that a tensor in two leaves is told apart
+    watch = _Watch(aliases)
+    with watch:
+        value, aux = f(*aliases)
+    unused = [leaf for leaf in range(len(x)) if leaf not in watch.order]
+    return Survey(value, aux, (*watch.order, *unused), watch.saved, max(watch.calls, 1))
+
+
+# ---------------------------------------------------------------------------------------------------- how much memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Bytes of working memory for k rows at a time: ``fixed + k * per_row``; ``source`` says how it is known."""
+
+    fixed: float
+    per_row: float
+    source: str
+
+    def working(self, k: int) -> float:
+        return self.fixed + k * self.per_row
+
+
+def closed_bound(parameters: int, saved: int) -> Estimate:
+    """The bound of this module's docstring, from P and S in bytes.
+
+    Example:
+        >>> closed_bound(parameters=1000, saved=5000).working(3)
+        91000.0
+    """
+    return Estimate(2.0 * parameters + 4.0 * saved, 3.0 * parameters + 4.0 * saved, "closed bound")
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the storages alive; their peak is what the caching-free allocator would hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen: dict[int, int] = {}
+
+    def known(self, t: Tensor) -> None:
+        self.seen[t.untyped_storage()._cdata] = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in tensors_of(out)[0]:
+            storage = t.untyped_storage()
+            key = storage._cdata
+            if key not in self.seen:
+                self.seen[key] = storage.nbytes()
+                self.now += self.seen[key]
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._freed, key)
+        return out
+
+    def _freed(self, key: int) -> None:
+        self.now -= self.seen.pop(key, 0)
+
+
+def measured(run: Callable[[Sequence[Tensor], int], Any], x: Sequence[Tensor], few: int = 2, more: int = 4) -> Estimate:
+    """Memory of ``run(x, k)`` from two runs on fake tensors, which allocate nothing.
+
+    Raises:
+        whatever ``run`` raises on fake tensors, as where f branches on a value.
+    """
+    peaks = [_fake_peak(run, x, k) for k in (few, more)]
+    slope = (peaks[1] - peaks[0]) / (more - few)
+    return Estimate(max(0.0, peaks[0] - few * slope), max(slope, 1.0), "fake run")
+
+
+def _fake_peak(run: Callable[[Sequence[Tensor], int], Any], x: Sequence[Tensor], k: int) -> int:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = [mode.from_tensor(t.detach()) for t in x]
+        with _LiveBytes() as live:
+            for t in fake:
+                live.known(t)
+            run(fake, k)
+    return live.peak
+
+
+# ---------------------------------------------------------------------------------------------------- what there is
+
+
+def parse_bytes(amount: int | float | str) -> int:
+    """A number of bytes, or a text such as ``"4GiB"``, ``"200 MB"``.
+
+    Example:
+        >>> parse_bytes("4GiB"), parse_bytes("1.5 kB"), parse_bytes(1024)
+        (4294967296, 1500, 1024)
+    """
+    if isinstance(amount, (int, float)):
+        return int(amount)
+    match = re.fullmatch(r"\s*([\d.]+)\s*([kKmMgGtT]?)(i?)[bB]?\s*", amount)
+    if not match:
+        raise ValueError(f"memory_limit must be bytes or a text such as '4GiB', got {amount!r}.")
+    number, prefix, binary = match.groups()
+    power = " kmgt".index(prefix.lower() or " ")
+    return int(float(number) * (1024 if binary else 1000) ** power)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that can still be taken on ``device``: for the CPU, the least of system, cgroup and address-space limits."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    limits = [limit for limit in (_system(), _cgroup(), _address_space()) if limit is not None]
+    return max(0, min(limits)) if limits else 4 * 1024 * MIB
+
+
+def _system() -> int | None:
+    for line in _lines("/proc/meminfo"):
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    with contextlib.suppress(ImportError, ValueError, OSError, AttributeError):
+        import os
+
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return None
+
+
+def _cgroup() -> int | None:
+    """The tightest limit of the process's own cgroup and its parents, less what is used (version 2, then 1)."""
+    left = []
+    for line in _lines("/proc/self/cgroup"):
+        _, controllers, path = line.strip().split(":", 2)
+        if controllers == "":
+            root, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            root, names = Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        folder = root / path.lstrip("/")
+        for place in (folder, *folder.parents):
+            limit, used = (_number(place / name) for name in names)
+            if limit is not None and used is not None:
+                left.append(limit - used)
+            if place == root:
+                break
+    return min(left) if left else None
+
+
+def _address_space() -> int | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return None
+    used = next((int(line.split()[1]) * 1024 for line in _lines("/proc/self/status") if line.startswith("VmSize:")), 0)
+    return limit - used
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _number(path: Path) -> int | None:
+    text = next(iter(_lines(str(path))), "")
+    return int(text) if text.isdigit() else None
+
+
+# ---------------------------------------------------------------------------------------------------- how many rows
+
+
+def chunk_for(
+    verb: str,
+    *,
+    rows: int,
+    output: int,
+    mean_result: float,
+    bound: Estimate,
+    refine: Callable[[], Estimate] | None,
+    device: torch.device,
+    memory_limit: int | float | str | None,
+    chunk_size: int | str | None,
+) -> tuple[int, Estimate]:
+    """The number of rows at once, and the estimate it rests on.
+
+    Args:
+        rows: how many rows there are.
+        output: bytes that this call allocates for its result.
+        mean_result: bytes of a typical intermediate result of f.
+        bound: the estimate that costs nothing.
+        refine: makes a better estimate, asked for only if the bound does not fit.
+        chunk_size: ``"auto"``, an int, or ``None`` for all rows at once.
+
+    Raises:
+        MemoryLimitError: not even one row at a time fits, or the given ``chunk_size`` does not.
+        ValueError: ``chunk_size`` is no positive int, ``"auto"`` or ``None``.
+    """
+    if chunk_size is not None and chunk_size != "auto" and (not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f"{verb}: chunk_size must be 'auto', a positive int or None, got {chunk_size!r}.")
+    total = _total(device, memory_limit)
+    wish = rows if chunk_size is None else _wish(rows, mean_result, device) if chunk_size == "auto" else min(chunk_size, rows)
+    wish = max(1, wish)
+    room = total - output
+    target = min(room, max(WORKING_SET, output / 10))
+    estimate = bound
+    if bound.working(wish) > (target if chunk_size == "auto" else room) and refine is not None:
+        estimate = refine()
+    if chunk_size == "auto":
+        k = int(min(wish, max(1, (target - estimate.fixed) // estimate.per_row)))
+    else:
+        k = wish
+    if output + estimate.working(k) > total:
+        raise MemoryLimitError(_refusal(verb, rows, output, estimate.working(k), k, total, memory_limit))
+    return k, estimate
+
+
+def _total(device: torch.device, memory_limit: int | float | str | None) -> float:
+    available = SHARE_OF_AVAILABLE * available_bytes(device)
+    return available if memory_limit is None else min(parse_bytes(memory_limit), available)
+
+
+def _wish(rows: int, mean_result: float, device: torch.device) -> int:
+    target = CACHE_TARGET.get(device.type, CACHE_TARGET_ACCELERATOR)
+    return min(rows, max(FEWEST_FOR_SPEED, int(target / max(mean_result, 1.0))))
+
+
+def _refusal(verb: str, rows: int, output: int, working: float, k: int, total: float, memory_limit: Any) -> str:
+    limit = "memory_limit" if memory_limit is not None else f"{SHARE_OF_AVAILABLE:.0%} of the memory available"
+    return (
+        f"{verb}: {rows} rows need {(output + working) / MIB:,.0f} MB ({output / MIB:,.0f} MB of result and {working / MIB:,.0f} MB "
+        f"to work with, {k} row{'s' if k > 1 else ''} at a time), but {limit} is {total / MIB:,.0f} MB. Stream them with "
+        "hessian_rows (rows= takes any part), write into a memory-mapped out=, take hessian_diagonal or hessian_blocks, or use "
+        "products with hvp, which need no matrix."
+    )
+
+
+@contextlib.contextmanager
+def progress_bar(verb: str, total: int, shown: bool) -> Iterator[Callable[[int], Any]]:
+    """A tqdm bar over ``total`` rows; yields the function that advances it."""
+    if not shown:
+        yield lambda rows: None
+        return
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise ImportError(f"{verb}: progress=True needs tqdm: pip install 'functional_hess[progress]'.") from error
+    with tqdm(total=total, desc=verb, unit="row") as bar:
+        yield bar.update

@@ -1,0 +1,900 @@
+"""The Hessian and its parts: rows, blocks, diagonal.
+
+For a scalar f of a tree with leaves x_1, ..., x_L,
+
+    H[p][q] = d^2 f / dx_p dx_q,    a block of shape x_p.shape + x_q.shape.
+
+Every part is a ``vmap`` of Hessian-vector products over unit vectors, in chunks whose memory is known beforehand
+(:mod:`functional_hess.chunking`). Unit vectors live on the leaves they touch; no n x n identity is ever made. Because H is
+symmetric, a pair of leaves is computed once: leaves are ordered as f uses them first, and rows of a leaf are differentiated only
+with respect to the leaves after it, so that rows of the last layers never run through the first ones.
+
+At the outermost level chunks are written into preallocated blocks (or ``out``). Under another transform, or where plain autograd
+watches an argument, they are concatenated instead, since neither can follow a write into a buffer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import functools
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functional_hess.chunking import (
+    MIB,
+    Estimate,
+    Survey,
+    chunk_for,
+    closed_bound,
+    measured,
+    progress_bar,
+    survey,
+)
+from functional_hess.guards import Replay
+from functional_hess.products import (
+    FINITE_DIFFERENCE,
+    FORWARD_OVER_REVERSE,
+    MANY_PRODUCTS,
+    REVERSE_OVER_REVERSE,
+    first_mode_that_works,
+    product_at,
+    rows_of,
+)
+from functional_hess.transforms import Bound, bind, flat_value_and_grad, flat_vmap, is_outermost, plain, repaired
+from functional_hess.tree import Piece, Space, flat, tensors_of
+
+__all__ = [
+    "Explanation",
+    "explain",
+    "hessian",
+    "hessian_blocks",
+    "hessian_diagonal",
+    "hessian_rows",
+    "value_grad_and_hessian",
+]
+
+Tree = Any
+Tensors = tuple[Tensor, ...]
+_estimates: weakref.WeakKeyDictionary[Any, dict[Any, Estimate]] = weakref.WeakKeyDictionary()
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the calls of this module share; each is documented in :func:`hessian`."""
+
+    mode: str = "auto"
+    chunk_size: int | str | None = "auto"
+    memory_limit: int | float | str | None = None
+    randomness: str = "error"
+    strict: bool = False
+    progress: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Leaves whose rows are computed from one kept graph, and the leaves they are differentiated with respect to."""
+
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.pieces))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Rows of H: ``values[j]`` has shape (k, *shape of leaf columns[j]); row i belongs to the i-th coordinate of ``pieces``.
+
+    ``by_columns`` tells that the values are columns of the derivative of the gradient (forward mode), not rows of it; the two
+    differ only where H is not symmetric.
+    """
+
+    pieces: tuple[Piece, ...]
+    columns: tuple[int, ...]
+    values: Tensors
+    by_columns: bool
+
+    def __len__(self) -> int:
+        return sum(map(len, self.pieces))
+
+
+# ---------------------------------------------------------------------------------------------------- the plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a call is going to do: which rows against which columns, how many at once, in how much memory."""
+
+    bound: Bound
+    scalar: Callable[..., tuple[Tensor, Any]]
+    seen: Survey
+    groups: tuple[Group, ...]
+    chunk: int
+    estimate: Estimate
+    output: int
+    options: Options
+    f: Callable[..., Any]
+
+    @property
+    def rows(self) -> int:
+        return sum(map(len, self.groups))
+
+    @property
+    def chunks(self) -> int:
+        return sum(-(-len(group) // self.chunk) for group in self.groups)
+
+
+def _look(
+    verb: str, f: Callable[..., Any], args: Any, kwargs: Any, argnums: Any, has_aux: bool, options: Options
+) -> tuple[Bound, Survey]:
+    bound = bind(verb, f, args, kwargs, argnums)
+    replay = Replay(options.randomness, bound.x, verb)
+    seen = survey(lambda *x: bound.split(x, has_aux), bound.x)
+    replay.rewind()
+    if options.strict:
+        flat_value_and_grad(bound.scalar(has_aux), bound.x, verb=verb, strict=bound.space)
+        replay.rewind()
+    return bound, seen
+
+
+def _plan(
+    bound: Bound,
+    seen: Survey,
+    wanted: Sequence[tuple[Piece, tuple[int, ...]]],
+    output: int,
+    options: Options,
+    has_aux: bool,
+    f: Callable[..., Any],
+    *,
+    scalar: Callable[..., tuple[Tensor, Any]] | None = None,
+    copies: int = 1,
+) -> Plan:
+    """Group the wanted rows (in order), and choose the chunk. ``copies`` multiplies the work of a row (vector-valued f)."""
+    x, sizes = bound.x, bound.space.sizes
+    scalar = scalar or bound.scalar(has_aux)
+    total = sum(len(piece) for piece, _ in wanted)
+    if not is_outermost():
+        chunk = total if options.chunk_size in ("auto", None) else int(options.chunk_size)  # type: ignore[arg-type]
+        groups = _grouped(wanted, chunk, sizes)
+        return Plan(bound, scalar, seen, groups, max(chunk, 1), Estimate(0, 0, "left to the outer transform"), 0, options, f)
+    parameters = sum(t.numel() * t.element_size() for t in x)
+    bytes_ = closed_bound(parameters, seen.saved)
+    bound_of_call = dataclasses.replace(bytes_, per_row=bytes_.per_row * copies)
+    widest = _grouped(wanted, total, sizes)
+    chunk, estimate = chunk_for(
+        bound.verb,
+        rows=max(map(len, widest), default=0),
+        output=output,
+        mean_result=copies * seen.saved / seen.calls,
+        bound=bound_of_call,
+        refine=functools.partial(_refine, f, bound, scalar, widest, options, copies, bound_of_call) if copies == 1 else None,
+        device=bound.space.device,
+        memory_limit=options.memory_limit,
+        chunk_size=options.chunk_size,
+    )
+    return Plan(bound, scalar, seen, _grouped(wanted, chunk, sizes), chunk, estimate, output, options, f)
+
+
+def _grouped(wanted: Sequence[tuple[Piece, tuple[int, ...]]], chunk: int, sizes: Sequence[int]) -> tuple[Group, ...]:
+    """Neighbours share a group while what joins is smaller than a chunk, up to four chunks: few calls for many small leaves."""
+    groups: list[list[tuple[Piece, tuple[int, ...]]]] = []
+    for piece, columns in wanted:
+        if groups and len(piece) < chunk and sum(len(p) for p, _ in groups[-1][1:]) + len(piece) <= 4 * chunk:
+            groups[-1].append((piece, columns))
+        elif len(piece):
+            groups.append([(piece, columns)])
+    return tuple(
+        Group(
+            rows=tuple(dict.fromkeys(piece.leaf for piece, _ in group)),
+            columns=tuple(sorted({leaf for _, columns in group for leaf in columns})),
+            pieces=tuple(piece for piece, _ in group),
+        )
+        for group in groups
+    )
+
+
+def _refine(
+    f: Callable[..., Any],
+    bound: Bound,
+    scalar: Callable[..., tuple[Tensor, Any]],
+    groups: Sequence[Group],
+    options: Options,
+    copies: int,
+    fallback: Estimate,
+) -> Estimate:
+    """A fake run of the group that needs most; the closed bound where that cannot be done.
+
+    Only reverse-over-reverse runs on fake tensors: forward mode under a dispatch mode can end the process in torch.
+    """
+    if options.mode not in ("auto", REVERSE_OVER_REVERSE, "fastest"):
+        return fallback
+    key = tuple((t.shape, t.dtype, t.device) for t in tensors_of((bound.x, bound.space.carried))[0])
+    known = _cached(_estimates, f)
+    if key not in known:
+        group = max(groups, key=lambda g: sum(bound.space.sizes[c] for c in g.columns))
+        leaf = group.pieces[0].leaf
+
+        def run(x: Sequence[Tensor], k: int) -> Any:
+            rows = range(min(k, bound.space.sizes[leaf]))
+            product = product_at(scalar, tuple(x), REVERSE_OVER_REVERSE, group.rows, group.columns, verb=bound.verb)
+            return rows_of(product, REVERSE_OVER_REVERSE, bound.space.one_hot([Piece(leaf, rows)]))
+
+        try:
+            known[key] = measured(run, bound.x)
+        except Exception:  # f branches on a value, or leaves torch: the bound is all there is
+            known[key] = fallback
+    return known[key]
+
+
+def _cached(table: Any, f: Callable[..., Any]) -> dict[Any, Any]:
+    try:
+        return table.setdefault(f, {})
+    except TypeError:
+        return {}
+
+
+# ---------------------------------------------------------------------------------------------------- the rows
+
+
+def _chunks_of(pieces: Sequence[Piece], k: int) -> Iterator[tuple[Piece, ...]]:
+    """Pieces cut and joined to k coordinates at a time."""
+    chunk: list[Piece] = []
+    room = k
+    for piece in pieces:
+        start = 0
+        while start < len(piece):
+            part = piece.indices[start : start + room]
+            chunk.append(Piece(piece.leaf, part))
+            start, room = start + len(part), room - len(part)
+            if room == 0:
+                yield tuple(chunk)
+                chunk, room = [], k
+    if chunk:
+        yield tuple(chunk)
+
+
+def _evaluate(plan: Plan) -> Iterator[Chunk]:
+    """All rows of a plan, chunk by chunk."""
+    bound, options = plan.bound, plan.options
+    replay = Replay(options.randomness, bound.x, bound.verb)
+    choose = _Chooser(plan, replay)
+    with progress_bar(bound.verb, plan.rows, options.progress) as advance:
+        for group in plan.groups:
+            choose.enter(group)
+            for pieces in _chunks_of(group.pieces, plan.chunk):
+                mode, values = choose.rows(bound.space.one_hot(pieces))
+                yield Chunk(pieces, group.columns, values, mode in (FORWARD_OVER_REVERSE, FINITE_DIFFERENCE))
+                advance(sum(map(len, pieces)))
+    replay.finish(bound.call, bound.x)
+
+
+class _Chooser:
+    """Runs chunks in the mode that works, or with ``"fastest"`` in the one that won on the first two chunks."""
+
+    def __init__(self, plan: Plan, replay: Replay) -> None:
+        self.plan, self.replay = plan, replay
+        self.mode = REVERSE_OVER_REVERSE if plan.options.mode == "fastest" else plan.options.mode
+        self.chain: tuple[str, ...] = MANY_PRODUCTS
+        self.seconds: dict[str, float] = {}
+        self.bindings: dict[str, Any] = {}
+        self.group: Group
+
+    def enter(self, group: Group) -> None:
+        self.group = group
+        self.bindings.clear()
+
+    def rows(self, v: dict[int, Tensor]) -> tuple[str, Tensors]:
+        if self.plan.options.mode != "fastest":
+            return self._rows(v, self.mode)
+        return self._race(v)
+
+    def _rows(self, v: dict[int, Tensor], mode: str) -> tuple[str, Tensors]:
+        plan, bound = self.plan, self.plan.bound
+
+        def attempt(candidate: str) -> tuple[str, Tensors]:
+            if candidate not in self.bindings:
+                self.replay.rewind()
+                self.bindings[candidate] = product_at(
+                    plan.scalar, bound.x, candidate, self.group.rows, self.group.columns, verb=bound.verb
+                )
+            self.replay.rewind()
+            return candidate, rows_of(self.bindings[candidate], candidate, v, plan.options.randomness)
+
+        used, values = first_mode_that_works(bound.verb, plan.f, bound.x, mode, self.chain, attempt)
+        if mode == "auto" and used != self.chain[0]:
+            self.chain = (used, *(m for m in MANY_PRODUCTS if m != used))
+        return used, values
+
+    def _race(self, v: dict[int, Tensor]) -> tuple[str, Tensors]:
+        """One chunk each, every one a chunk of the answer; then the winner."""
+        if len(self.seconds) < 2:
+            candidate = MANY_PRODUCTS[len(self.seconds)]
+            start = time.perf_counter()
+            used, values = self._rows(v, candidate)
+            _synchronize(values)
+            rows = len(next(iter(v.values())))
+            self.seconds[candidate] = (time.perf_counter() - start) / rows
+            self.mode = min(self.seconds, key=self.seconds.__getitem__)
+            return used, values
+        return self._rows(v, self.mode)
+
+
+def _synchronize(values: Tensors) -> None:
+    for device in {t.device for t in values if t.device.type == "cuda"}:
+        torch.cuda.synchronize(device)
+
+
+# ---------------------------------------------------------------------------------------------------- where rows go
+
+
+class _Blocks:
+    """Blocks of H by pair of leaves: preallocated where they may be written, lists of parts where a graph must follow."""
+
+    def __init__(self, space: Space, out: Tensor | None, symmetric: bool, in_place: bool) -> None:
+        self.space, self.out, self.symmetric, self.in_place = space, out, symmetric, in_place
+        self.written: dict[tuple[int, int], Tensor] = {}
+        self.parts: dict[tuple[int, int], list[Tensor]] = {}
+        self.by_columns = False
+
+    def add(self, chunk: Chunk) -> None:
+        row = 0
+        self.by_columns = chunk.by_columns and not self.symmetric
+        for piece in chunk.pieces:
+            for column, values in zip(chunk.columns, chunk.values, strict=True):
+                self._add(piece, column, flat(values[row : row + len(piece)]))
+            row += len(piece)
+
+    def _add(self, piece: Piece, column: int, rows: Tensor) -> None:
+        if not self.in_place or (rows.requires_grad and self.out is None):
+            self.in_place = False
+            self.parts.setdefault((piece.leaf, column), []).append(rows)
+            return
+        start, stop = piece.indices[0], piece.indices[-1] + 1
+        if self.by_columns:
+            self._matrix(column, piece.leaf)[:, start:stop].copy_(rows.T)
+        else:
+            self._matrix(piece.leaf, column)[start:stop].copy_(rows)
+
+    def _matrix(self, p: int, q: int) -> Tensor:
+        """The block (p, q) as a matrix that can be written."""
+        space = self.space
+        if (p, q) not in self.written:
+            if self.out is not None:
+                rows = self.out[space.offsets[p] : space.offsets[p] + space.sizes[p]]
+                self.written[p, q] = rows[:, space.offsets[q] : space.offsets[q] + space.sizes[q]]
+            else:
+                dtype = torch.promote_types(space.dtypes[p], space.dtypes[q])
+                self.written[p, q] = torch.empty(space.sizes[p], space.sizes[q], dtype=dtype, device=space.devices[p])
+        return self.written[p, q]
+
+    def block(self, p: int, q: int) -> Tensor:
+        """The finished block in its shape; mirrored from (q, p) if only that was computed."""
+        space = self.space
+        shape = space.shapes[p] + space.shapes[q]
+        if 0 in shape:
+            return torch.zeros(shape, dtype=torch.promote_types(space.dtypes[p], space.dtypes[q]), device=space.devices[p])
+        if self.parts:
+            return self._joined(p, q).reshape(shape)
+        if (p, q) not in self.written:
+            self._matrix(p, q).copy_(self.written[q, p].T)
+        block = self.written[p, q].unflatten(0, space.shapes[p] or (1,)).unflatten(-1, space.shapes[q] or (1,))
+        block = block if space.shapes[q] else block.squeeze(-1)
+        return block if space.shapes[p] else block.squeeze(0)
+
+    def _joined(self, p: int, q: int) -> Tensor:
+        dtype = torch.promote_types(self.space.dtypes[p], self.space.dtypes[q])
+        mirrored = (p, q) not in self.parts if not self.by_columns else True
+        joined = torch.cat(self.parts[(q, p) if mirrored else (p, q)]).to(dtype)
+        return plain([joined.T if mirrored else joined])[0]
+
+
+def _require_out(verb: str, out: Tensor, space: Space, x: Tensors) -> None:
+    want = (space.dim, space.dim)
+    if not is_outermost() or (torch.is_grad_enabled() and any(t.requires_grad for t in x)):
+        raise ValueError(
+            f"{verb}: out= cannot carry a graph or a batch, so it belongs to the outermost call. Leave it out here, or call under "
+            "torch.no_grad() if a leaf requires grad."
+        )
+    if tuple(out.shape) != want or out.dtype != space.dtype or out.device != space.device:
+        got = f"shape {tuple(out.shape)}, {out.dtype}, {out.device}"
+        raise ValueError(f"{verb}: out must have shape {want}, {space.dtype}, {space.device}, got {got}.")
+
+
+# ---------------------------------------------------------------------------------------------------- the public calls
+
+
+def hessian(
+    f: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    *,
+    has_aux: bool = False,
+    mode: str = "auto",
+    chunk_size: int | str | None = "auto",
+    memory_limit: int | float | str | None = None,
+    symmetric: bool = True,
+    randomness: str = "error",
+    strict: bool = False,
+    out: Tensor | None = None,
+    progress: bool = False,
+) -> Callable[..., Any]:
+    """The Hessian of f: a function of the same arguments, whose result is a tree of trees of blocks.
+
+    Args:
+        f: a function that returns a scalar (or any tree of tensors: then blocks have shape
+            ``out.shape + x[p].shape + x[q].shape``), or with ``has_aux`` ``(value, aux)``.
+        argnums: the argument to differentiate; a tuple gives tuples of tuples of blocks.
+        has_aux: the result is ``(H, aux)``.
+        mode: ``"auto"``, one of ``functional_hess.products.MODES``, or ``"fastest"``: one chunk of each, then the winner.
+        chunk_size: rows at a time: ``"auto"`` (bounded memory), an int, or ``None`` for all at once.
+        memory_limit: bytes, or ``"4GiB"``; by default 60 % of what is available. ``out`` does not count towards it.
+        symmetric: compute each pair of leaves once and mirror it. ``False`` for a function whose custom derivative rules make H
+            asymmetric: then ``H[p][q]`` is the derivative of the p-th gradient with respect to ``x[q]``.
+        randomness: ``"error"`` refuses a random f, ``"same"`` fixes one draw for all rows.
+        strict: refuse a leaf on which f does not depend.
+        out: an (n, n) tensor to write into, in the coordinates of ``Space``; it may be memory-mapped
+            (``torch.from_file``). The blocks are then views of it.
+        progress: show a bar (needs tqdm).
+
+    Returns:
+        blocks ``H[p][q]`` of shape ``x[p].shape + x[q].shape``, contiguous unless they are views of ``out``, ``None`` at carried leaves.
+        Costs one plain evaluation of f, one gradient graph a group of leaves, and n backward passes, batched. Memory is at most
+        the output + max(64 MiB, output / 10). ``Space.of(x).matrix(H)`` is one (n, n) matrix.
+
+    Raises:
+        MemoryLimitError: it cannot fit; nothing has been allocated.
+        MissingDerivativeError: an op has a second derivative in no mode.
+        DependenceError: f(x) does not depend on x by differentiable operations.
+
+    Example:
+        f(x) = x1^2 x2:
+
+        >>> import torch
+        >>> hessian(lambda x: x[0] ** 2 * x[1])(torch.tensor([3.0, 5.0]))
+        tensor([[10.,  6.],
+                [ 6.,  0.]])
+    """
+    options = Options(mode, chunk_size, memory_limit, randomness, strict, progress)
+
+    def planned(*args: Any, **kwargs: Any) -> Plan:
+        bound, seen = _look("hessian", f, args, kwargs, argnums, has_aux, options)
+        if out is not None:
+            _require_out("hessian", out, bound.space, bound.x)
+        return _dense_plan(f, bound, seen, options, has_aux, symmetric, out)
+
+    @functools.wraps(f, updated=())
+    def transformed(*args: Any, **kwargs: Any) -> Any:
+        plan = planned(*args, **kwargs)
+        if not _is_scalar(plan.seen.value):
+            H = _vector_hessian(plan, has_aux, out)
+        else:
+            H = _dense(plan, symmetric, out)
+        return (H, plan.seen.aux) if has_aux else H
+
+    return _explainable(transformed, planned)
+
+
+def value_grad_and_hessian(
+    f: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    *,
+    has_aux: bool = False,
+    mode: str = "auto",
+    chunk_size: int | str | None = "auto",
+    memory_limit: int | float | str | None = None,
+    symmetric: bool = True,
+    randomness: str = "error",
+    strict: bool = False,
+    out: Tensor | None = None,
+    progress: bool = False,
+) -> Callable[..., Any]:
+    """Value, gradient and Hessian: ``(value, g, H)``, with ``has_aux`` ``((value, aux), g, H)``.
+
+    Options, errors and cost are those of :func:`hessian`, and one gradient more.
+
+    Example:
+        >>> import torch
+        >>> value_grad_and_hessian(lambda x: x**3)(torch.tensor(2.0))
+        (tensor(8.), tensor(12.), tensor(12.))
+    """
+    second = hessian(
+        f,
+        argnums,
+        has_aux=has_aux,
+        mode=mode,
+        chunk_size=chunk_size,
+        memory_limit=memory_limit,
+        symmetric=symmetric,
+        randomness=randomness,
+        strict=strict,
+        out=out,
+        progress=progress,
+    )
+
+    @functools.wraps(f, updated=())
+    def transformed(*args: Any, **kwargs: Any) -> Any:
+        bound = bind("value_grad_and_hessian", f, args, kwargs, argnums)
+        replay = Replay(randomness, bound.x, bound.verb)
+        (value, aux), gradient = flat_value_and_grad(bound.scalar(has_aux), bound.x, verb=bound.verb)
+        replay.rewind()
+        H = second(*args, **kwargs)
+        g = bound.space.unpack(plain(gradient))
+        return ((value, aux), g, H[0]) if has_aux else (value, g, H)
+
+    return _explainable(transformed, second.planned)  # type: ignore[attr-defined]
+
+
+def hessian_rows(
+    f: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    *,
+    rows: Sequence[int] | None = None,
+    has_aux: bool = False,
+    mode: str = "auto",
+    chunk_size: int | str | None = "auto",
+    memory_limit: int | float | str | None = None,
+    randomness: str = "error",
+    strict: bool = False,
+    progress: bool = False,
+) -> Callable[..., Iterator[tuple[Sequence[int], Tensor]]]:
+    """Rows of the Hessian as a stream: an iterator of ``(rows, tensor of shape (k, n))``.
+
+    ``rows`` chooses coordinates in the order of ``Space``: a range, a slice of one, or any ints; all by default. A chunk that is
+    evenly spaced comes with a range, any other with a list. Nothing larger than a chunk is held, so H may be larger than memory.
+    The other options are those of :func:`hessian`.
+
+    Example:
+        >>> import torch
+        >>> for rows, H in hessian_rows(lambda x: (x**3).sum(), rows=range(1, 3))(torch.tensor([1.0, 2.0, 3.0])):
+        ...     print(rows, H.tolist())
+        range(1, 3) [[0.0, 12.0, 0.0], [0.0, 0.0, 18.0]]
+    """
+    options = Options(mode, chunk_size, memory_limit, randomness, strict, progress)
+
+    def planned(*args: Any, **kwargs: Any) -> Plan:
+        bound, seen = _look("hessian_rows", f, args, kwargs, argnums, has_aux, options)
+        _require_scalar_value("hessian_rows", seen.value)
+        every = tuple(bound.space.leaves)
+        chosen = range(bound.space.dim) if rows is None else _checked(rows, bound.space.dim)
+        wanted = [(piece, every) for piece in bound.space.pieces(chosen)]
+        return _plan(bound, seen, wanted, 0, options, has_aux, f)
+
+    @functools.wraps(f, updated=())
+    def transformed(*args: Any, **kwargs: Any) -> Iterator[tuple[Sequence[int], Tensor]]:
+        return _stream(planned(*args, **kwargs))
+
+    return _explainable(transformed, planned)
+
+
+def _stream(plan: Plan) -> Iterator[tuple[Sequence[int], Tensor]]:
+    space = plan.bound.space
+    for chunk in _evaluate(plan):
+        stacked = [flat(values).to(space.device, space.dtype) for values in chunk.values]
+        yield _numbers(space, chunk.pieces), plain([torch.cat(stacked, 1)])[0]
+
+
+def _numbers(space: Space, pieces: Sequence[Piece]) -> Sequence[int]:
+    numbers = [space.offsets[piece.leaf] + i for piece in pieces for i in piece.indices]
+    step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
+    even = range(numbers[0], numbers[-1] + (1 if step > 0 else -1), step or 1)
+    return even if list(even) == numbers else numbers
+
+
+def _checked(rows: Sequence[int], n: int) -> Sequence[int]:
+    rows = rows if isinstance(rows, range) else [int(row) for row in rows]
+    outside = [row for row in ((rows[0], rows[-1]) if isinstance(rows, range) and rows else rows) if not 0 <= row < n]
+    if outside:
+        raise IndexError(f"hessian_rows: row {outside[0]} is out of range for {n} coordinates.")
+    return rows
+
+
+def hessian_diagonal(
+    f: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    *,
+    has_aux: bool = False,
+    mode: str = "auto",
+    chunk_size: int | str | None = "auto",
+    memory_limit: int | float | str | None = None,
+    randomness: str = "error",
+    strict: bool = False,
+    progress: bool = False,
+) -> Callable[..., Any]:
+    """The exact diagonal of the Hessian, a tree like x: entry i is d^2 f / dx_i^2.
+
+    n products, in chunks, each against its own leaf only; memory is the diagonal's and one chunk's. Options are those of
+    :func:`hessian`.
+
+    Example:
+        >>> import torch
+        >>> hessian_diagonal(lambda x: (x["a"] ** 3).sum() + x["b"] * x["a"][0])({"a": torch.tensor([1.0, 2.0]), "b": torch.ones(())})
+        {'a': tensor([ 6., 12.]), 'b': tensor(0.)}
+    """
+    options = Options(mode, chunk_size, memory_limit, randomness, strict, progress)
+
+    def planned(*args: Any, **kwargs: Any) -> Plan:
+        bound, seen = _look("hessian_diagonal", f, args, kwargs, argnums, has_aux, options)
+        _require_scalar_value("hessian_diagonal", seen.value)
+        wanted = [(Piece(leaf, range(bound.space.sizes[leaf])), (leaf,)) for leaf in seen.order]
+        return _plan(bound, seen, wanted, sum(t.numel() * t.element_size() for t in bound.x), options, has_aux, f)
+
+    @functools.wraps(f, updated=())
+    def transformed(*args: Any, **kwargs: Any) -> Any:
+        plan = planned(*args, **kwargs)
+        space = plan.bound.space
+        parts: dict[int, list[Tensor]] = {leaf: [] for leaf in space.leaves}
+        for chunk in _evaluate(plan):
+            row = 0
+            for piece in chunk.pieces:
+                values = chunk.values[chunk.columns.index(piece.leaf)][row : row + len(piece)]
+                parts[piece.leaf].append(flat(values)[:, piece.indices[0] : piece.indices[-1] + 1].diagonal())
+                row += len(piece)
+        empty = [[torch.zeros(0, dtype=t.dtype, device=t.device)] for t in plan.bound.x]
+        joined = [torch.cat(parts[leaf] or empty[leaf]).reshape(space.shapes[leaf]) for leaf in space.leaves]
+        diagonal = space.unpack(plain(joined))
+        return (diagonal, plan.seen.aux) if has_aux else diagonal
+
+    return _explainable(transformed, planned)
+
+
+def hessian_blocks(
+    f: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    *,
+    pairs: Sequence[tuple[str, str]] | None = None,
+    has_aux: bool = False,
+    mode: str = "auto",
+    chunk_size: int | str | None = "auto",
+    memory_limit: int | float | str | None = None,
+    randomness: str = "error",
+    strict: bool = False,
+    progress: bool = False,
+) -> Callable[..., Any]:
+    """Chosen blocks of the Hessian.
+
+    Without ``pairs``: the block diagonal by leaf, a tree like x whose entry p has shape ``x[p].shape + x[p].shape``. With ``pairs``
+    of globs, matched against ``Space.of(x).paths``: a dict ``{(path_p, path_q): block}``. Only the blocks asked for are computed, in
+    the cheaper orientation. Options are those of :func:`hessian`.
+
+    Raises:
+        ValueError: a glob matches no leaf.
+
+    Example:
+        >>> import torch
+        >>> x = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor(3.0)}
+        >>> f = lambda x: x["b"] ** 2 * x["a"].sum()
+        >>> hessian_blocks(f)(x)["b"], hessian_blocks(f, pairs=[("a", "b")])(x)
+        (tensor(6.), {('a', 'b'): tensor([6., 6.])})
+    """
+    options = Options(mode, chunk_size, memory_limit, randomness, strict, progress)
+
+    def planned(*args: Any, **kwargs: Any) -> Plan:
+        bound, seen = _look("hessian_blocks", f, args, kwargs, argnums, has_aux, options)
+        _require_scalar_value("hessian_blocks", seen.value)
+        space = bound.space
+        chosen = [(leaf, leaf) for leaf in space.leaves] if pairs is None else _matching(space, pairs)
+        against: dict[int, set[int]] = {}
+        for p, q in chosen:
+            row, column = (p, q) if space.sizes[p] <= space.sizes[q] else (q, p)
+            against.setdefault(row, set()).add(column)
+        wanted = [(Piece(leaf, range(space.sizes[leaf])), tuple(sorted(against[leaf]))) for leaf in seen.order if leaf in against]
+        output = sum(_bytes_of(space, p, q) for p, q in chosen)
+        return _plan(bound, seen, wanted, output, options, has_aux, f)
+
+    @functools.wraps(f, updated=())
+    def transformed(*args: Any, **kwargs: Any) -> Any:
+        plan = planned(*args, **kwargs)
+        space = plan.bound.space
+        blocks = _Blocks(space, None, True, _may_write(plan.bound.x))
+        chosen = {(leaf, leaf) for leaf in space.leaves} if pairs is None else set(_matching(space, pairs))
+        for chunk in _evaluate(plan):
+            blocks.add(chunk)
+        result: Any
+        if pairs is None:
+            result = space.unpack([blocks.block(leaf, leaf) for leaf in space.leaves])
+        else:
+            result = {(space.paths[p], space.paths[q]): blocks.block(p, q) for p, q in sorted(chosen)}
+        return (result, plan.seen.aux) if has_aux else result
+
+    return _explainable(transformed, planned)
+
+
+def _matching(space: Space, pairs: Sequence[tuple[str, str]]) -> list[tuple[int, int]]:
+    found = []
+    for pair in pairs:
+        sides = [[leaf for leaf in space.leaves if fnmatch.fnmatchcase(space.paths[leaf], glob)] for glob in pair]
+        for glob, side in zip(pair, sides, strict=True):
+            if not side:
+                raise ValueError(f"hessian_blocks: {glob!r} matches no leaf; the paths are {', '.join(space.paths)}.")
+        found += [(p, q) for p in sides[0] for q in sides[1]]
+    return list(dict.fromkeys(found))
+
+
+# ---------------------------------------------------------------------------------------------------- the dense Hessian
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 0
+
+
+def _require_scalar_value(verb: str, value: Any) -> None:
+    if not _is_scalar(value):
+        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{verb}: f must return a scalar tensor (shape ()), got {got}. hessian takes vector-valued functions.")
+
+
+def _may_write(x: Tensors) -> bool:
+    return is_outermost() and not (torch.is_grad_enabled() and any(t.requires_grad for t in x))
+
+
+def _bytes_of(space: Space, p: int, q: int) -> int:
+    return space.sizes[p] * space.sizes[q] * torch.promote_types(space.dtypes[p], space.dtypes[q]).itemsize
+
+
+def _dense_plan(
+    f: Callable[..., Any], bound: Bound, seen: Survey, options: Options, has_aux: bool, symmetric: bool, out: Tensor | None
+) -> Plan:
+    space = bound.space
+    order = seen.order
+    output = sum(_bytes_of(space, p, q) for p in space.leaves for q in space.leaves)
+    if not _is_scalar(seen.value):
+        outputs = Space.of(seen.value, "f(x)")
+        rows = [(Piece(leaf, range(space.sizes[leaf])), tuple(space.leaves)) for leaf in space.leaves]
+        return _plan(bound, seen, rows, output * outputs.dim, options, has_aux, f, copies=max(1, outputs.dim))
+    wanted = [
+        (Piece(leaf, range(space.sizes[leaf])), tuple(order[i:]) if symmetric else tuple(order)) for i, leaf in enumerate(order)
+    ]
+    return _plan(bound, seen, wanted, 0 if out is not None else output, options, has_aux, f)
+
+
+def _dense(plan: Plan, symmetric: bool, out: Tensor | None) -> Tree:
+    space = plan.bound.space
+    blocks = _Blocks(space, out, symmetric, _may_write(plan.bound.x))
+    for chunk in _evaluate(plan):
+        blocks.add(chunk)
+    return space.unpack([space.unpack([blocks.block(p, q) for q in space.leaves]) for p in space.leaves])
+
+
+def _vector_hessian(plan: Plan, has_aux: bool, out: Tensor | None) -> Tree:
+    """H of each output, as an outermost ``vmap`` over u of the Hessian of <u, f>, over unit vectors u."""
+    bound, space = plan.bound, plan.bound.space
+    if out is not None:
+        raise ValueError("hessian: out= holds one (n, n) matrix, so f must return a scalar.")
+    outputs = Space.of(plan.seen.value, "f(x)")
+    units = outputs.one_hot(outputs.pieces(range(outputs.dim)))
+    leaves = tuple(space.leaves)
+
+    def contracted(*u: Tensor) -> Callable[..., tuple[Tensor, None]]:
+        def scalar(*x: Tensor) -> tuple[Tensor, None]:
+            values = outputs.pack(bound.split(x, has_aux)[0], "f(x)")
+            return torch.stack([(a * b).sum() for a, b in zip(u, (values[i] for i in units), strict=True)]).sum(), None
+
+        return scalar
+
+    chain = (FORWARD_OVER_REVERSE, REVERSE_OVER_REVERSE) if plan.options.mode == "auto" else (plan.options.mode,)
+    replay = Replay(plan.options.randomness, bound.x, bound.verb)
+    parts: list[list[Tensor]] = []
+    with progress_bar(bound.verb, space.dim, plan.options.progress) as advance:
+        for pieces in _chunks_of(space.pieces(range(space.dim)), plan.chunk):
+            v = space.one_hot(pieces)
+
+            def attempt(mode: str, v: dict[int, Tensor] = v) -> Tensors:
+                replay.rewind()
+
+                def rows(*u: Tensor) -> Tensors:
+                    product = product_at(contracted(*u), bound.x, mode, leaves, leaves, verb=bound.verb)
+                    return rows_of(product, mode, v, plan.options.randomness)
+
+                return flat_vmap(rows, randomness=plan.options.randomness)(*units.values())
+
+            mode = "auto" if plan.options.mode in ("auto", "fastest") else plan.options.mode
+            values = first_mode_that_works(bound.verb, plan.f, bound.x, mode, chain, attempt)
+            parts.append([flat(t, 2) for t in values])  # (m, k, size of leaf) each
+            advance(sum(map(len, pieces)))
+    replay.finish(bound.call, bound.x)
+    whole = [torch.cat(column, 1) for column in zip(*parts, strict=True)]  # (m, n, size of leaf) each
+    return outputs.unpack([_vector_blocks(space, outputs, o, whole) for o in outputs.leaves])
+
+
+def _vector_blocks(space: Space, outputs: Space, o: int, whole: Sequence[Tensor]) -> Tree:
+    first, last = outputs.offsets[o], outputs.offsets[o] + outputs.sizes[o]
+    shape = outputs.shapes[o]
+
+    def block(p: int, q: int) -> Tensor:
+        part = whole[q][first:last, space.offsets[p] : space.offsets[p] + space.sizes[p]]
+        return plain([part.reshape(shape + space.shapes[p] + space.shapes[q])])[0]
+
+    return space.unpack([space.unpack([block(p, q) for q in space.leaves]) for p in space.leaves])
+
+
+# ---------------------------------------------------------------------------------------------------- explain
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What a call would do; printable. Sizes are bytes."""
+
+    verb: str
+    dim: int
+    rows: int
+    route: str
+    mode: str
+    repairs: tuple[str, ...]
+    chunk_size: int
+    chunks: int
+    groups: int
+    output_bytes: int
+    working_bytes: float
+    estimate: str
+
+    def __str__(self) -> str:
+        lines = (
+            ("rows", f"{self.rows:,} of {self.dim:,} coordinates, route {self.route}"),
+            ("mode", self.mode),
+            ("repairs", ", ".join(self.repairs) or "none needed"),
+            ("chunks", f"{self.chunks:,} of up to {self.chunk_size:,} rows, in {self.groups} groups of leaves"),
+            ("result", f"{self.output_bytes / MIB:,.1f} MB"),
+            ("working set", f"{self.working_bytes / MIB:,.1f} MB ({self.estimate})"),
+        )
+        return "\n".join([self.verb, *(f"  {name:<12}{text}" for name, text in lines)])
+
+
+def _explainable(transformed: Any, planned: Callable[..., Plan]) -> Any:
+    transformed.planned = planned
+    return transformed
+
+
+def explain(transformed: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """What ``transformed(*args)`` would do: mode, repairs, chunk, rows, memory. Computes a single row, to know the mode.
+
+    Args:
+        transformed: a result of ``hessian``, ``hessian_rows``, ``hessian_blocks``, ``hessian_diagonal`` or
+            ``value_grad_and_hessian``.
+
+    Raises:
+        TypeError: ``transformed`` is something else.
+
+    Example:
+        >>> import torch
+        >>> explain(hessian(lambda x: (x**3).sum()), torch.ones(5)).mode
+        'reverse-over-reverse'
+    """
+    planned = getattr(transformed, "planned", None)
+    if planned is None:
+        raise TypeError(
+            f"explain: takes what hessian, hessian_rows, hessian_blocks or hessian_diagonal return, got {type(transformed).__name__}."
+        )
+    plan: Plan = planned(*args, **kwargs)
+    mode, repairs = _try_one_row(plan)
+    return Explanation(
+        verb=plan.bound.verb,
+        dim=plan.bound.space.dim,
+        rows=plan.rows,
+        route="dense rows" if _is_scalar(plan.seen.value) else "dense rows of each output",
+        mode=mode,
+        repairs=repairs,
+        chunk_size=plan.chunk,
+        chunks=plan.chunks,
+        groups=len(plan.groups),
+        output_bytes=plan.output,
+        working_bytes=plan.estimate.working(plan.chunk),
+        estimate=plan.estimate.source,
+    )
+
+
+def _try_one_row(plan: Plan) -> tuple[str, tuple[str, ...]]:
+    if not _is_scalar(plan.seen.value) or not plan.groups:
+        return plan.options.mode, ()
+    group = plan.groups[0]
+    one = Piece(group.pieces[0].leaf, group.pieces[0].indices[:1])
+    with repaired(fresh=True) as used:
+        choose = _Chooser(plan, Replay(plan.options.randomness, plan.bound.x, plan.bound.verb))
+        choose.enter(group)
+        mode, _ = choose.rows(plan.bound.space.one_hot([one]))
+    return mode, tuple(sorted(used))

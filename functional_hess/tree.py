@@ -1,0 +1,611 @@
+"""Spaces of trees: the coordinates in which every derivative of this library is written.
+
+A tree of parameters whose floating tensors have the shapes s_1, ..., s_L is a point of a real vector space of dimension
+n = prod(s_1) + ... + prod(s_L). :class:`Space` is that space: it turns a tree into a flat tuple of tensors and back, and it
+fixes the order of the coordinates of every matrix,
+
+    (leaf 1, row-major), (leaf 2, row-major), ...,    leaves in the order of optree, which sorts the keys of a dict.
+
+Leaves that are not floating tensors (ints, strings, ``None``, integer tensors) are carried along and never differentiated;
+``None`` stands in their place in a vector of the space. Parameters are never concatenated before they are differentiated:
+a direction along one leaf leaves the tangents of all others structurally zero, which is most of the speed of a Hessian by rows.
+
+This module knows no derivatives. It is the only importer of optree; every tree goes through it, because torch's own pytree
+disagrees with optree on the order of a dict, on ``None`` and on dataclasses, and mixing the two swaps leaves of equal shape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import functools
+import math
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import optree
+import torch
+from torch import Tensor
+from torch.utils import _pytree as torch_pytree
+
+__all__ = [
+    "Piece",
+    "Space",
+    "add",
+    "broadcast_prefix",
+    "dot",
+    "flat",
+    "norm",
+    "paths",
+    "partition",
+    "register",
+    "scale",
+    "sub",
+    "tensors_of",
+    "tree_map",
+]
+
+Tree = Any
+T = TypeVar("T")
+NAMESPACE = "functional_hess"
+_flatten = functools.partial(optree.tree_flatten, none_is_leaf=True, namespace=NAMESPACE)
+
+
+class _Coordinates:
+    """Marks a differentiated leaf among the carried ones."""
+
+    def __repr__(self) -> str:
+        return "coordinates"
+
+
+_COORDINATES = _Coordinates()
+
+
+def register(
+    cls: type[T],
+    flatten: Callable[[T], tuple[Sequence[Any], Any]] | None = None,
+    unflatten: Callable[[Any, Sequence[Any]], T] | None = None,
+) -> type[T]:
+    """Enter a class of the user's as a node of trees; works as a decorator of a dataclass.
+
+    A dataclass needs nothing else: its fields become the children, in the order they are declared. Any other class comes
+    with ``flatten(node) -> (children, auxiliary)`` and ``unflatten(auxiliary, children) -> node``.
+
+    Raises:
+        TypeError: ``cls`` is no dataclass and the two functions are missing.
+
+    Example:
+        >>> import dataclasses, torch
+        >>> @register
+        ... @dataclasses.dataclass
+        ... class Line:
+        ...     slope: torch.Tensor
+        ...     name: str
+        >>> Space.of(Line(torch.zeros(3), "ridge")).paths
+        ('slope',)
+    """
+    if flatten is not None and unflatten is not None:
+        optree.register_pytree_node(cls, flatten, unflatten, namespace=NAMESPACE)  # type: ignore[arg-type]
+        return cls
+    if not dataclasses.is_dataclass(cls):
+        raise TypeError(f"register: {cls.__name__} must be a dataclass, or come with flatten= and unflatten= functions.")
+    names = tuple(field.name for field in dataclasses.fields(cls) if field.init)
+
+    def fields_of(node: Any) -> tuple[tuple[Any, ...], None, tuple[str, ...]]:
+        return tuple(getattr(node, name) for name in names), None, names
+
+    def node_of(_: None, children: Sequence[Any]) -> Any:
+        return cls(**dict(zip(names, children, strict=True)))
+
+    optree.register_pytree_node(cls, fields_of, node_of, path_entry_type=optree.GetAttrEntry, namespace=NAMESPACE)  # type: ignore[arg-type]
+    return cls
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Some coordinates of one leaf: ``indices`` counts within the leaf, flattened row-major."""
+
+    leaf: int
+    indices: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Space:
+    """The finite-dimensional space of trees of one structure, with its coordinates.
+
+    Made by :meth:`of`. ``shapes``, ``dtypes`` and ``devices`` have one entry for each differentiated leaf; ``carried`` has one
+    entry for each leaf of the tree: the carried leaf itself, or a mark for a differentiated one.
+
+    Example:
+        >>> import torch
+        >>> space = Space.of({"w": torch.zeros(2, 3), "b": torch.zeros(2), "steps": 5})
+        >>> space.dim, space.paths, space.shapes
+        (8, ('b', 'w'), (torch.Size([2]), torch.Size([2, 3])))
+    """
+
+    structure: optree.PyTreeSpec
+    carried: tuple[Any, ...] = dataclasses.field(compare=False, repr=False)
+    differentiated: tuple[int, ...]
+    shapes: tuple[torch.Size, ...]
+    dtypes: tuple[torch.dtype, ...]
+    devices: tuple[torch.device, ...]
+
+    @staticmethod
+    def of(tree: Tree, name: str = "x") -> Space:
+        """The space in which ``tree`` is a point.
+
+        Args:
+            tree: any tree; its floating tensors are the coordinates.
+            name: how errors call the tree.
+
+        Raises:
+            TypeError: a complex or sparse tensor, or a container that this library does not know, named by its path.
+        """
+        leaves, structure = _flatten(tree)
+        where, carried = [], []
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.layout == torch.strided:
+                where.append(i)
+                carried.append(_COORDINATES)
+            else:
+                _require_carriable(leaf, structure, i, name)
+                carried.append(leaf)
+        tensors = [leaves[i] for i in where]
+        return Space(
+            structure,
+            tuple(carried),
+            tuple(where),
+            tuple(t.shape for t in tensors),
+            tuple(t.dtype for t in tensors),
+            tuple(t.device for t in tensors),
+        )
+
+    # ------------------------------------------------------------------------------------------------ what it is
+
+    @functools.cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of coordinates of each leaf."""
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    @functools.cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """First coordinate of each leaf."""
+        return tuple(sum(self.sizes[:k]) for k in range(len(self.sizes)))
+
+    @property
+    def dim(self) -> int:
+        """The dimension n."""
+        return sum(self.sizes)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype to which a matrix over this space is promoted."""
+        return functools.reduce(torch.promote_types, self.dtypes) if self.dtypes else torch.get_default_dtype()
+
+    @property
+    def device(self) -> torch.device:
+        """The device of a matrix over this space: that of the first leaf."""
+        return self.devices[0] if self.devices else torch.device("cpu")
+
+    @functools.cached_property
+    def paths(self) -> tuple[str, ...]:
+        """Path of each leaf, its steps joined by dots: ``"layers.0.weight"``."""
+        every = self.structure.paths()
+        return tuple(".".join(map(str, every[i])) for i in self.differentiated)
+
+    def name_of(self, leaf: int, name: str = "x") -> str:
+        """How a program would write leaf number ``leaf`` of a tree called ``name``: ``x['w'][0]``."""
+        return _spelled(self.structure, self.differentiated[leaf], name)
+
+    def coordinate_names(self) -> Iterator[str]:
+        """A name for each of the n coordinates, in order: ``'w[0, 2]'``.
+
+        Example:
+            >>> import torch
+            >>> list(Space.of({"w": torch.zeros(1, 2), "b": torch.zeros(())}).coordinate_names())
+            ['b', 'w[0, 0]', 'w[0, 1]']
+        """
+        for path, shape in zip(self.paths, self.shapes, strict=True):
+            for flat in range(math.prod(shape)):
+                index = []
+                for extent in reversed(shape):
+                    flat, i = divmod(flat, extent)
+                    index.append(i)
+                yield path + (f"[{', '.join(map(str, reversed(index)))}]" if shape else "")
+
+    # ------------------------------------------------------------------------------------------------ in and out
+
+    def pack(self, tree: Tree, name: str = "x") -> tuple[Tensor, ...]:
+        """The coordinates of ``tree`` as a flat tuple of tensors, one for each differentiated leaf.
+
+        In the place of a carried leaf ``tree`` may hold ``None`` or any leaf that is not a floating tensor.
+
+        Raises:
+            ValueError: structure, shape, dtype or device differs; all differences of structure are listed, with paths.
+            TypeError: a leaf that must be a tensor is none.
+        """
+        leaves, structure = _flatten(tree)
+        if structure != self.structure:
+            raise ValueError(_structure_message(self.structure, structure, name))
+        for i, kept in enumerate(self.carried):
+            if kept is not _COORDINATES and isinstance(leaves[i], Tensor) and leaves[i].is_floating_point():
+                spelled = _spelled(structure, i, name)
+                raise ValueError(f"{spelled} must be None, got a tensor: that leaf of x is not a floating tensor.")
+        tensors = tuple(leaves[i] for i in self.differentiated)
+        for k, tensor in enumerate(tensors):
+            self._require_leaf(k, tensor, name)
+        return tensors
+
+    def _require_leaf(self, k: int, tensor: Any, name: str) -> None:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{self.name_of(k, name)} must be a tensor, got {type(tensor).__name__}.")
+        if tensor.shape != self.shapes[k]:
+            want, got = tuple(self.shapes[k]), tuple(tensor.shape)
+            raise ValueError(f"{self.name_of(k, name)} must have shape {want}, got {got}.")
+        if tensor.dtype != self.dtypes[k]:
+            raise ValueError(f"{self.name_of(k, name)} must have dtype {self.dtypes[k]}, got {tensor.dtype}.")
+        if tensor.device != self.devices[k]:
+            raise ValueError(f"{self.name_of(k, name)} must be on {self.devices[k]}, got {tensor.device}.")
+
+    def unpack(self, entries: Sequence[Any]) -> Tree:
+        """The vector with the given coordinates (or any objects, one a leaf); ``None`` in the place of carried leaves."""
+        return self._unflatten(entries, [None] * len(self.carried))
+
+    def at(self, tensors: Sequence[Tensor]) -> Tree:
+        """The point with the given coordinates: carried leaves are put back."""
+        return self._unflatten(tensors, list(self.carried))
+
+    def _unflatten(self, entries: Sequence[Any], leaves: list[Any]) -> Tree:
+        for i, entry in zip(self.differentiated, entries, strict=True):
+            leaves[i] = entry
+        return optree.tree_unflatten(self.structure, leaves)
+
+    def ravel(self, tree: Tree, name: str = "x") -> Tensor:
+        """The coordinates of ``tree`` as one tensor of shape (n,), promoted to :attr:`dtype`.
+
+        Example:
+            >>> import torch
+            >>> x = {"w": torch.tensor([1.0, 2.0]), "b": torch.tensor(3.0)}
+            >>> Space.of(x).ravel(x)
+            tensor([3., 1., 2.])
+        """
+        tensors = self.pack(tree, name)
+        if not tensors:
+            return torch.empty(0, dtype=self.dtype)
+        return torch.cat([t.reshape(-1).to(self.device, self.dtype) for t in tensors])
+
+    def unravel(self, vector: Tensor) -> Tree:
+        """The vector of this space whose coordinates are ``vector`` of shape (n,); inverse of :meth:`ravel`."""
+        if tuple(vector.shape) != (self.dim,):
+            raise ValueError(f"vector must have shape ({self.dim},), got {tuple(vector.shape)}.")
+        parts = vector.split(self.sizes)
+        like = zip(parts, self.shapes, self.dtypes, self.devices, strict=True)
+        return self.unpack([part.reshape(shape).to(device, dtype) for part, shape, dtype, device in like])
+
+    # ------------------------------------------------------------------------------------------------ matrices
+
+    def matrix(self, blocks: Tree) -> Tensor:
+        """One (n, n) matrix from a tree of trees of blocks, ``blocks[p][q]`` of shape ``x[p].shape + x[q].shape``.
+
+        Mixed dtypes are promoted. Costs one copy of the matrix; ``out=`` of ``hessian`` avoids it.
+
+        Example:
+            >>> import torch
+            >>> H = {"a": {"a": torch.tensor(2.0), "b": torch.ones(2)}, "b": {"a": torch.ones(2), "b": 3 * torch.eye(2)}}
+            >>> Space.of({"a": torch.tensor(0.0), "b": torch.zeros(2)}).matrix(H)
+            tensor([[2., 1., 1.],
+                    [1., 3., 0.],
+                    [1., 0., 3.]])
+        """
+        rows = []
+        for p, row in enumerate(self._entries(blocks, "H")):
+            parts = []
+            for q, block in enumerate(self._entries(row, self.name_of(p, "H"))):
+                want = self.shapes[p] + self.shapes[q]
+                if not isinstance(block, Tensor) or block.shape != want:
+                    got = tuple(block.shape) if isinstance(block, Tensor) else type(block).__name__
+                    raise ValueError(f"{self.name_of(q, self.name_of(p, 'H'))} must have shape {tuple(want)}, got {got}.")
+                parts.append(block.reshape(self.sizes[p], self.sizes[q]).to(self.device, self.dtype))
+            rows.append(torch.cat(parts, 1))
+        return torch.cat(rows) if rows else torch.empty(0, 0, dtype=self.dtype)
+
+    def blocks(self, matrix: Tensor) -> Tree:
+        """The tree of trees of blocks of an (n, n) matrix, as views of it where dtypes agree; inverse of :meth:`matrix`."""
+        if tuple(matrix.shape) != (self.dim, self.dim):
+            raise ValueError(f"matrix must have shape ({self.dim}, {self.dim}), got {tuple(matrix.shape)}.")
+        return self.unpack([self.unpack([self._block(matrix, p, q) for q in self.leaves]) for p in self.leaves])
+
+    def _block(self, matrix: Tensor, p: int, q: int) -> Tensor:
+        part = matrix[self.offsets[p] :, self.offsets[q] :][: self.sizes[p], : self.sizes[q]]
+        part = part.unflatten(0, self.shapes[p] or (1,)).unflatten(-1, self.shapes[q] or (1,))
+        part = part if self.shapes[q] else part.squeeze(-1)
+        part = part if self.shapes[p] else part.squeeze(0)
+        return part.to(self.devices[p], torch.promote_types(self.dtypes[p], self.dtypes[q]))
+
+    def _entries(self, tree: Tree, name: str) -> list[Any]:
+        try:
+            every = self.structure.flatten_up_to(tree)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{name} must have the structure of x: {error}") from None
+        return [every[i] for i in self.differentiated]
+
+    @property
+    def leaves(self) -> range:
+        """Numbers of the differentiated leaves."""
+        return range(len(self.shapes))
+
+    # ------------------------------------------------------------------------------------------------ vectors
+
+    def pieces(self, rows: Sequence[int]) -> list[Piece]:
+        """The coordinates ``rows``, cut where the leaf changes."""
+        return [Piece(leaf, run) for leaf, run in self._runs(rows)]
+
+    def _runs(self, rows: Sequence[int]) -> Iterator[tuple[int, Sequence[int]]]:
+        if isinstance(rows, range) and rows.step > 0:
+            for leaf, (offset, size) in enumerate(zip(self.offsets, self.sizes, strict=True)):
+                skipped = max(0, -(-(offset - rows.start) // rows.step))
+                first = rows.start + skipped * rows.step - offset
+                inside = range(first, min(size, rows.stop - offset), rows.step)
+                if len(inside):
+                    yield leaf, inside
+            return
+        run: list[int] = []
+        last = None
+        for row in rows:
+            leaf = self.leaf_of(row)
+            if last is not None and leaf != last:
+                yield last, run
+                run = []
+            run.append(row - self.offsets[leaf])
+            last = leaf
+        if last is not None:
+            yield last, run
+
+    def leaf_of(self, row: int) -> int:
+        """The leaf that holds coordinate ``row``."""
+        for leaf in self.leaves:
+            if 0 <= row - self.offsets[leaf] < self.sizes[leaf]:
+                return leaf
+        raise IndexError(f"row {row} is out of range for {self.dim} coordinates.")
+
+    def one_hot(self, pieces: Sequence[Piece]) -> dict[int, Tensor]:
+        """Unit vectors of the given coordinates, stacked: ``{leaf: tensor of shape (k, *shape)}``.
+
+        Leaves that no coordinate touches are absent, so that their tangents stay structurally zero.
+        """
+        k = sum(map(len, pieces))
+        vectors: dict[int, Tensor] = {}
+        row = 0
+        for piece in pieces:
+            leaf = piece.leaf
+            if leaf not in vectors:
+                vectors[leaf] = torch.zeros(k, self.sizes[leaf], dtype=self.dtypes[leaf], device=self.devices[leaf])
+            ones = vectors[leaf][row : row + len(piece)]
+            if isinstance(piece.indices, range) and piece.indices.step == 1:
+                ones.diagonal(piece.indices.start).fill_(1)
+            else:
+                ones.scatter_(1, torch.tensor(list(piece.indices), device=ones.device)[:, None], 1)
+            row += len(piece)
+        return {leaf: vector.view(k, *self.shapes[leaf]) for leaf, vector in vectors.items()}
+
+    def basis(self, start: int = 0, stop: int | None = None) -> Tree:
+        """Unit vectors ``start`` to ``stop``, stacked along a new first dimension of every leaf.
+
+        Example:
+            >>> import torch
+            >>> Space.of((torch.zeros(2), torch.zeros(()))).basis(1, 3)
+            (tensor([[0., 1.],
+                    [0., 0.]]), tensor([0., 1.]))
+        """
+        rows = range(self.dim)[start:stop]
+        touched = self.one_hot(self.pieces(rows))
+        return self.unpack([touched.get(leaf, self._zeros(leaf, len(rows))) for leaf in self.leaves])
+
+    def _zeros(self, leaf: int, *batch: int) -> Tensor:
+        return torch.zeros(*batch, *self.shapes[leaf], dtype=self.dtypes[leaf], device=self.devices[leaf])
+
+    def random(self, generator: torch.Generator) -> Tree:
+        """A vector of independent standard normal coordinates, drawn from ``generator`` (no global seed is read)."""
+        draw = functools.partial(torch.randn, generator=generator, device=generator.device)
+        like = zip(self.shapes, self.dtypes, self.devices, strict=True)
+        return self.unpack([draw(shape, dtype=dtype).to(device) for shape, dtype, device in like])
+
+    def parameter_order(self) -> Tensor:
+        """The permutation to the order in which torch flattens the tree: insertion order of its dicts.
+
+        With ``order = space.parameter_order()``, ``space.ravel(x)[order]`` is what
+        ``torch.nn.utils.parameters_to_vector(dict(module.named_parameters()).values())`` gives, and
+        ``H[order][:, order]`` is a Hessian in those coordinates.
+
+        Example:
+            >>> import torch
+            >>> Space.of({"w": torch.zeros(2), "b": torch.zeros(1)}).parameter_order()
+            tensor([1, 2, 0])
+        """
+        numbered = self.unpack([range(o, o + s) for o, s in zip(self.offsets, self.sizes, strict=True)])
+        ranges = [leaf for leaf in _insertion_leaves(numbered) if leaf is not None]
+        return torch.tensor([i for r in ranges for i in r], dtype=torch.long)
+
+
+def _insertion_leaves(tree: Tree) -> Iterator[Any]:
+    """Leaves in the order of construction: dicts as inserted, everything else as optree."""
+    if isinstance(tree, dict):
+        children: Sequence[Any] = list(tree.values())
+    else:
+        children, structure = optree.tree_flatten(
+            tree, is_leaf=lambda node: node is not tree, none_is_leaf=True, namespace=NAMESPACE
+        )
+        if structure.is_leaf():
+            yield tree
+            return
+    for child in children:
+        yield from _insertion_leaves(child)
+
+
+def _require_carriable(leaf: Any, structure: optree.PyTreeSpec, i: int, name: str) -> None:
+    if isinstance(leaf, Tensor):
+        if leaf.is_complex():
+            raise TypeError(
+                f"{_spelled(structure, i, name)} is complex; derivatives here are real. Pass torch.view_as_real(...) of it."
+            )
+        if leaf.is_floating_point():
+            raise TypeError(f"{_spelled(structure, i, name)} has layout {leaf.layout}; pass a dense tensor (.to_dense()).")
+        return
+    kind = type(leaf)
+    if kind in torch_pytree.SUPPORTED_NODES or (dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)):
+        raise TypeError(
+            f"{_spelled(structure, i, name)} is a {kind.__name__}, which trees here do not know, so its tensors would not be "
+            f"differentiated. Enter the class once with functional_hess.register({kind.__name__})."
+        )
+
+
+def _spelled(structure: optree.PyTreeSpec, i: int, name: str) -> str:
+    return structure.accessors()[i].codify(name)
+
+
+def _structure_message(expected: optree.PyTreeSpec, got: optree.PyTreeSpec, name: str) -> str:
+    want, have = ([accessor.codify(name) for accessor in s.accessors()] for s in (expected, got))
+    missing, extra = [p for p in want if p not in have], [p for p in have if p not in want]
+    if not missing and not extra:
+        return f"{name} must have the structure {expected}, got {got}: the containers differ."
+    told = ([f"missing {', '.join(missing)}"] if missing else []) + ([f"unexpected {', '.join(extra)}"] if extra else [])
+    return f"{name} must have the same structure as the point: {'; '.join(told)}."
+
+
+# ---------------------------------------------------------------------------------------------------- functions of trees
+
+
+def tensors_of(tree: Tree) -> tuple[tuple[Tensor, ...], Callable[[Sequence[Any]], Tree]]:
+    """All tensors of a tree, of any dtype, and the function that puts others in their place."""
+    leaves, structure = _flatten(tree)
+    where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+    def rebuild(tensors: Sequence[Any]) -> Tree:
+        filled = list(leaves)
+        for i, tensor in zip(where, tensors, strict=True):
+            filled[i] = tensor
+        return optree.tree_unflatten(structure, filled)
+
+    tensors = tuple(leaves[i] for i in where)
+    for i in where:
+        leaves[i] = None  # the tree of an inner level must not outlive it
+    return tensors, rebuild
+
+
+def broadcast_prefix(prefix: Tree, tree: Tree, name: str) -> list[Any]:
+    """One entry of ``prefix`` for each leaf of ``tree``; a leaf of the prefix serves the whole subtree in its place.
+
+    Raises:
+        ValueError: ``prefix`` is no prefix of ``tree``.
+    """
+    try:
+        spread = optree.tree_broadcast_prefix(prefix, tree, none_is_leaf=True, namespace=NAMESPACE)
+    except ValueError as error:
+        raise ValueError(f"{name} must be an int, None or a prefix of the tree it describes: {error}") from None
+    return _flatten(spread)[0]
+
+
+def flat(t: Tensor, batch: int = 1) -> Tensor:
+    """``t`` with all but its first ``batch`` dimensions joined to one."""
+    return t.reshape(*t.shape[:batch], math.prod(t.shape[batch:]))
+
+
+def tree_map(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+    """``function`` of the leaves of one or several trees of the same structure; a ``None`` of the first stays ``None``.
+
+    Example:
+        >>> tree_map(lambda a, b: a + b, {"x": 1, "y": None}, {"x": 10, "y": None})
+        {'x': 11, 'y': None}
+    """
+
+    def keep_none(leaf: Any, *others: Any) -> Any:
+        return None if leaf is None else function(leaf, *others)
+
+    return optree.tree_map(keep_none, tree, *rest, none_is_leaf=True, namespace=NAMESPACE)
+
+
+def paths(tree: Tree) -> tuple[str, ...]:
+    """The path of every leaf, its steps joined by dots; as globs see them in :func:`partition`."""
+    every = optree.tree_paths(tree, none_is_leaf=True, namespace=NAMESPACE)
+    return tuple(".".join(map(str, path)) for path in every)
+
+
+def add(a: Tree, b: Tree) -> Tree:
+    """a + b, leaf by leaf."""
+    return tree_map(operator.add, a, b)
+
+
+def sub(a: Tree, b: Tree) -> Tree:
+    """a - b, leaf by leaf."""
+    return tree_map(operator.sub, a, b)
+
+
+def scale(factor: float | Tensor, a: Tree) -> Tree:
+    """factor * a, leaf by leaf."""
+    return tree_map(lambda leaf: factor * leaf, a)
+
+
+def dot(a: Tree, b: Tree) -> Tensor:
+    """The inner product sum_i a_i b_i over all coordinates; carried leaves do not count.
+
+    Example:
+        >>> import torch
+        >>> dot({"w": torch.tensor([1.0, 2.0]), "n": None}, {"w": torch.tensor([3.0, 4.0]), "n": None})
+        tensor(11.)
+    """
+    space = Space.of(a, "a")
+    products = [(s * t).sum() for s, t in zip(space.pack(a, "a"), space.pack(b, "b"), strict=True)]
+    return functools.reduce(operator.add, products) if products else torch.zeros(())
+
+
+def norm(a: Tree) -> Tensor:
+    """The Euclidean norm of all coordinates."""
+    return dot(a, a).sqrt()
+
+
+def partition(tree: Tree, choose: Callable[[str, Any], bool] | str | Sequence[str]) -> tuple[Tree, Callable[[Tree], Tree]]:
+    """Split off chosen leaves, so that any transform acts on them alone.
+
+    Args:
+        tree: any tree.
+        choose: a predicate ``(path, leaf) -> bool``, or a glob, or several, matched against the paths of :func:`paths`.
+
+    Returns:
+        ``(chosen, merge)``: ``chosen`` has the structure of ``tree`` with ``None`` where a leaf was not chosen;
+        ``merge(chosen)`` is the full tree again, with the leaves of its argument in the chosen places.
+
+    Raises:
+        ValueError: nothing was chosen.
+
+    Example:
+        >>> import torch
+        >>> x = {"body": {"w": torch.ones(2)}, "head": {"w": torch.zeros(2)}}
+        >>> head, merge = partition(x, "head.*")
+        >>> head
+        {'body': {'w': None}, 'head': {'w': tensor([0., 0.])}}
+        >>> merge(head)["body"]["w"]
+        tensor([1., 1.])
+    """
+    leaves, structure = _flatten(tree)
+    names = paths(tree)
+    if callable(choose):
+        taken = [bool(choose(name, leaf)) for name, leaf in zip(names, leaves, strict=True)]
+    else:
+        globs = [choose] if isinstance(choose, str) else list(choose)
+        taken = [any(fnmatch.fnmatchcase(name, glob) for glob in globs) for name in names]
+    if not any(taken):
+        raise ValueError(f"partition: {choose!r} chose no leaf; the paths are {', '.join(map(repr, names))}.")
+    chosen = [leaf if take else None for leaf, take in zip(leaves, taken, strict=True)]
+
+    def merge(part: Tree) -> Tree:
+        given, got = _flatten(part)
+        if got != structure:
+            raise ValueError(_structure_message(structure, got, "chosen"))
+        merged = [new if take else old for new, old, take in zip(given, leaves, taken, strict=True)]
+        return optree.tree_unflatten(structure, merged)
+
+    return optree.tree_unflatten(structure, chosen), merge

@@ -1,0 +1,769 @@
+"""Every repair has the operator's value, and derivatives to third order that differences confirm.
+
+Truth: the gradient of the bare operator by plain `torch.autograd.grad`, and central differences of it. The canaries say
+what torch alone gets wrong, and fail when torch mends it: then the repair may go.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad, hessian, jvp, vjp, vmap
+from torch.overrides import TorchFunctionMode
+
+from functional_hess.repairs import FIRST_ORDER_REPAIRS, REPAIRS
+
+pytestmark = [  # what some of the operators say of themselves
+    pytest.mark.filterwarnings("ignore:index_reduce.. is in beta:UserWarning"),
+    pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated:UserWarning"),
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning"),
+    pytest.mark.filterwarnings("ignore:There is a performance drop.*glu:UserWarning"),
+]
+torch_dtypes = (torch.float64, torch.float32)
+
+
+class Swapped(TorchFunctionMode):
+    """Always swaps, whatever the nesting."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return REPAIRS.get(func, func)(*args, **(kwargs or {}))
+
+
+class Watched(TorchFunctionMode):
+    """Swaps nothing, remembers every function that arrives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def repaired(f: Callable[..., Any]) -> Callable[..., Any]:
+    def g(*args: Any, **kwargs: Any) -> Any:
+        with Swapped():
+            return f(*args, **kwargs)
+
+    return g
+
+
+def tensors(*shapes: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+# ----------------------------------------------------------------------------------------------------------- the table
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    op: Callable[..., Any]
+    shapes: tuple[tuple[int, ...], ...]
+    alone: Mapping[str, str] = field(default_factory=dict)  # what torch alone does wrong: mode -> "wrong" or "raises"
+    tolerance: float = 1e-8
+
+    def loss(self, x: Tensor) -> Tensor:
+        """A nonlinear function of every output, so that no derivative vanishes."""
+        parts = [part.reshape(shape) for part, shape in zip(x.split([*map(numel, self.shapes)]), self.shapes, strict=True)]
+        return sum(  # type: ignore[return-value]
+            (torch.sin(1.1 * y + 0.2) * torch.linspace(0.3, 1.1, y.numel(), dtype=y.dtype).reshape(y.shape)).sum()
+            for y in leaves(self.op(*parts))
+        )
+
+    def point(self) -> Tensor:
+        return torch.cat([t.flatten() for t in tensors(*self.shapes, seed=1)])
+
+
+def numel(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+def leaves(out: Any) -> list[Tensor]:
+    return [out] if isinstance(out, Tensor) else [y for part in out if part is not None for y in leaves(part)]
+
+
+def module(make: Callable[[], nn.Module], *shapes: tuple[int, ...], **call: Any) -> tuple[Any, tuple[tuple[int, ...], ...]]:
+    """(inputs, then parameters) -> the module's output, in float64."""
+    net = make().double()
+    names = [name for name, _ in net.named_parameters()]
+
+    def op(*args: Tensor) -> Any:
+        return functional_call(net, dict(zip(names, args[len(shapes) :], strict=True)), args[: len(shapes)], call)
+
+    return op, (*shapes, *(tuple(p.shape) for p in net.parameters()))
+
+
+def packed(net: nn.Module, lengths: list[int]) -> Callable[..., Any]:
+    names = [name for name, _ in net.named_parameters()]
+
+    def op(x: Tensor, *parameters: Tensor) -> Any:
+        rows = nn.utils.rnn.pack_padded_sequence(x, lengths)
+        out, state = functional_call(net, dict(zip(names, parameters, strict=True)), (rows,))
+        return out.data, state
+
+    return op
+
+
+NORMS = {"hessian": "wrong", "third": "wrong"}
+FORWARD_RAISES = {"forward over reverse": "raises"}
+NO_SECOND = {"forward over reverse": "raises", "reverse over reverse": "raises"}
+(TARGET,) = tensors((4, 3), seed=5)
+SIGNS = TARGET.sign()
+LABELS = torch.tensor([0, 2, 1, 1])
+BAG, OFFSETS = torch.tensor([0, 2, 1, 1, 3, 0]), torch.tensor([0, 2, 2, 5])
+PLACE = torch.tensor([[0, 1], [1, 1], [0, 0]])
+EYE = 2 * torch.eye(3, dtype=torch.float64)
+BOOL_MASK = torch.tensor([[True, False, True], [False, False, False]])
+FLOAT_MASK = torch.tensor([[0.0, 0.3, float("-inf")], [1.0, 0.0, -0.5]], dtype=torch.float64)
+HEADS = ((1, 2, 2, 2), (1, 2, 3, 2), (1, 2, 3, 2))
+small_gru = nn.GRU(1, 2, bias=False, bidirectional=True).double()
+small_lstm = nn.LSTM(1, 2).double()
+
+CASES = [
+    Case("layer_norm", lambda x, w, b: F.layer_norm(x, (3,), w, b), ((4, 3), (3,), (3,)), NORMS),
+    Case("layer_norm of two dimensions", lambda x, w: torch.layer_norm(x, (2, 3), w), ((2, 2, 3), (2, 3)), NORMS),
+    Case("layer_norm without weights", lambda x: F.layer_norm(x, (3,)), ((4, 3),), {"third": "wrong"}),
+    Case("native_layer_norm", lambda x, w: torch.native_layer_norm(x, (3,), w, None, 1e-5), ((4, 3), (3,)), NORMS),
+    Case(
+        "layer_norm of a vmapped gradient",
+        lambda x, w: vmap(grad(lambda r: torch.sin(F.layer_norm(r, (3,), w)).sum()))(x),
+        ((2, 3), (3,)),
+    ),
+    Case("batch_norm", lambda x, w, b: F.batch_norm(x, None, None, w, b, True), ((4, 3), (3,), (3,)), NORMS),
+    Case(
+        "batch_norm of images",
+        lambda x, w: torch.batch_norm(x, w, None, None, None, True, 0.1, 1e-5, False),
+        ((2, 2, 2, 2), (2,)),
+        NORMS,
+    ),
+    Case(
+        "native_batch_norm",
+        lambda x, w, b: torch.native_batch_norm(x, w, b, None, None, True, 0.1, 1e-5),
+        ((4, 2), (2,), (2,)),
+        NORMS,
+    ),
+    Case("instance_norm", lambda x, w, b: F.instance_norm(x, None, None, w, b), ((2, 2, 3), (2,), (2,)), NORMS),
+    Case("mse_loss", lambda x: F.mse_loss(x, TARGET.to(x)), ((4, 3),), FORWARD_RAISES),
+    Case("mse_loss of both", lambda x, y: F.mse_loss(x, y, reduction="sum"), ((4, 3), (4, 3))),
+    Case("mse_loss without reduction", lambda x: F.mse_loss(x, TARGET.to(x), reduction="none"), ((4, 3),)),
+    Case("huber_loss", lambda x, y: F.huber_loss(x, y, delta=0.7), ((4, 3), (4, 3)), FORWARD_RAISES),
+    Case(
+        "weighted huber_loss",
+        lambda x: F.huber_loss(x, TARGET.to(x), weight=TARGET.to(x).exp()),
+        ((4, 3),),
+        FORWARD_RAISES,
+    ),
+    Case("soft_margin_loss", lambda x: F.soft_margin_loss(x, SIGNS.to(x)), ((4, 3),), FORWARD_RAISES),
+    Case("multi_margin_loss", lambda x: F.multi_margin_loss(x, LABELS, weight=SIGNS[0].exp().to(x)), ((4, 3),), NO_SECOND),
+    Case(
+        "squared multi_margin_loss",
+        lambda x: F.multi_margin_loss(x, LABELS, p=2, reduction="none"),
+        ((4, 3),),
+        NO_SECOND,
+    ),
+    Case(
+        "multilabel_margin_loss",
+        lambda x: F.multilabel_margin_loss(x, torch.tensor([[0, 2, -1], [1, -1, 0]])),
+        ((2, 3),),
+        NO_SECOND,
+    ),
+    # torch's own gradient of hardsigmoid multiplies by 1/6 in single precision, whatever the dtype
+    Case("hardsigmoid", lambda x: F.hardsigmoid(3 * x), ((7,),), NO_SECOND, tolerance=1e-7),
+    Case("glu", lambda x: F.glu(x), ((2, 4),), {"third": "raises"}),
+    Case("attention", F.scaled_dot_product_attention, HEADS, NO_SECOND),
+    Case(
+        "attention with a boolean mask and a row without keys",
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, BOOL_MASK, scale=0.4),
+        HEADS,
+        NO_SECOND,
+    ),
+    Case(
+        "attention with a float mask",
+        lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, FLOAT_MASK.to(m) + m),
+        (*HEADS, (2, 3)),
+    ),
+    Case(
+        "causal attention of grouped queries",
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+        ((1, 2, 2, 2), (1, 1, 3, 2), (1, 1, 3, 2)),
+        NO_SECOND,
+    ),
+    Case(
+        "multi-head attention",
+        *module(lambda: nn.MultiheadAttention(2, 1), (3, 1, 2), (3, 1, 2), (3, 1, 2), need_weights=False),
+        NO_SECOND,
+    ),
+    Case("lstm", *module(lambda: nn.LSTM(1, 2), (3, 2, 1))),
+    Case("lstm with projections", *module(lambda: nn.LSTM(1, 2, 2, proj_size=1, batch_first=True), (1, 2, 1))),
+    Case(
+        "packed lstm",
+        packed(small_lstm, [3, 1]),
+        ((3, 2, 1), *(tuple(p.shape) for p in small_lstm.parameters())),
+        NO_SECOND,
+    ),
+    Case(
+        "packed bidirectional gru",
+        packed(small_gru, [3, 1]),
+        ((3, 2, 1), *(tuple(p.shape) for p in small_gru.parameters())),
+        NO_SECOND,
+    ),
+    Case("gru", *module(lambda: nn.GRU(1, 2), (3, 2, 1))),
+    Case("rnn", *module(lambda: nn.RNN(1, 2, 2, bidirectional=True), (2, 1, 1))),
+    Case("rnn with relu", *module(lambda: nn.RNN(2, 2, nonlinearity="relu"), (2, 1, 2))),
+    Case("pack_padded_sequence", lambda x: nn.utils.rnn.pack_padded_sequence(x, [3, 1]).data, ((3, 2, 2),), NO_SECOND),
+    Case(
+        "weight_norm",
+        lambda v, g: torch._weight_norm(v, g, 0),
+        ((3, 2), (3, 1)),
+        {**FORWARD_RAISES, "reverse over reverse": "wrong"},
+    ),
+    Case(
+        "weight_norm of the last dimension",
+        lambda v, g: torch._weight_norm(v, g, 1),
+        ((3, 2), (1, 2)),
+        {"reverse over reverse": "wrong"},
+    ),
+    Case(
+        "cholesky_inverse",
+        lambda x: torch.cholesky_inverse(x.tril() + EYE.to(x)),
+        ((3, 3),),
+        {"forward over reverse": "wrong"},
+    ),
+    Case(
+        "upper cholesky_inverse",
+        lambda x: (x.triu() + EYE.to(x)).cholesky_inverse(upper=True),
+        ((2, 3, 3),),
+        {"forward over reverse": "wrong"},
+    ),
+    Case(
+        "cholesky_solve",
+        lambda b, x: torch.cholesky_solve(b, x.tril() + EYE.to(x)),
+        ((3, 2), (3, 3)),
+    ),
+    Case(
+        "triangular_solve",
+        lambda b, x: torch.triangular_solve(b, x.triu() + EYE.to(x))[0],
+        ((3, 2), (3, 3)),
+        {"forward over reverse": "wrong"},
+    ),
+    Case("solve", lambda x, b: torch.linalg.solve(x + 2 * EYE.to(x), b), ((3, 3), (3, 2)), {"third": "wrong"}),
+    Case(
+        "solve from the right",
+        lambda x, b: torch.linalg.solve(x + 2 * EYE.to(x), b, left=False),
+        ((3, 3), (2, 3)),
+        {"third": "wrong"},
+    ),
+    Case("solve of a vector", lambda x, b: torch.linalg.solve(x + 2 * EYE.to(x), b), ((3, 3), (3,)), {"third": "wrong"}),
+    Case("slogdet", lambda x: torch.linalg.slogdet(x + 2 * EYE.to(x)), ((3, 3),), {"third": "wrong"}),
+    Case("logdet", lambda x: torch.logdet(x + 2 * EYE.to(x)), ((3, 3),), {"third": "wrong"}),
+    Case("cdist", torch.cdist, ((3, 2), (2, 2)), NO_SECOND),
+    Case(
+        "cdist by products",
+        lambda x, y: torch.cdist(x, y, compute_mode="use_mm_for_euclid_dist"),
+        ((3, 2), (2, 2)),
+        FORWARD_RAISES,
+    ),
+    *(
+        Case(f"cdist with p={p}", lambda x, y, p=p: torch.cdist(x, y, p=p), ((3, 2), (2, 2)), NO_SECOND)
+        for p in (1.0, 1.5, 3.0, 4.0, float("inf"))
+    ),
+    Case("pdist", F.pdist, ((4, 2),), NO_SECOND),
+    Case("embedding_bag", lambda w: F.embedding_bag(BAG, w, OFFSETS, padding_idx=1), ((4, 3),), NO_SECOND),
+    Case(
+        "embedding_bag of weighted samples",
+        lambda w, s: F.embedding_bag(BAG.view(2, 3), w, mode="sum", per_sample_weights=s),
+        ((4, 3), (2, 3)),
+        NO_SECOND,
+    ),
+    Case(
+        "embedding_bag of maxima",
+        lambda w: F.embedding_bag(BAG, w, OFFSETS, mode="max", padding_idx=-1),
+        ((4, 3),),
+        NO_SECOND,
+    ),
+    Case(
+        "scatter_reduce",
+        lambda x, s: x.scatter_reduce(0, PLACE, s, "prod"),
+        ((4, 3), (3, 2)),
+        {"forward over reverse": "wrong"},
+    ),
+    Case(
+        "scatter_reduce over what is there",
+        lambda x, s: torch.scatter_reduce(x, 1, PLACE, s, "prod", include_self=False),
+        ((3, 3), (3, 2)),
+    ),
+    *(
+        Case(
+            f"index_reduce {how}",
+            lambda x, s, how=how: x.index_reduce(0, PLACE[0], s, how),
+            ((2, 2), (2, 2)),
+            FORWARD_RAISES,
+        )
+        for how in ("prod", "mean", "amax", "amin")
+    ),
+    Case("select_scatter", lambda x, s: torch.select_scatter(x, s, 0, -1), ((2, 3), (3,))),
+    Case("ldexp", lambda x, n: torch.ldexp(x, n), ((2, 3), (3,))),
+]
+table = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
+
+
+# --------------------------------------------------------------------------------------------------------------- truth
+
+
+def bare_gradient(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(f(x), x)[0]
+
+
+def difference(f: Callable[[Tensor], Tensor], x: Tensor, v: Tensor, h: float = 2e-4) -> Tensor:
+    """d/dt f(x + t v) at 0, to fourth order in h."""
+    near, far = f(x + h * v) - f(x - h * v), f(x + 2 * h * v) - f(x - 2 * h * v)
+    return (8 * near - far) / (12 * h)
+
+
+def true_hessian(case: Case) -> Tensor:
+    x = case.point()
+    return torch.stack([difference(lambda y: bare_gradient(case.loss, y), x, e) for e in torch.eye(len(x), dtype=x.dtype)])
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-4))
+
+
+def trace_of_hessian(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return vmap(lambda e: jvp(grad(f), (x,), (e,))[1] @ e)(torch.eye(len(x), dtype=x.dtype)).sum()
+
+
+def third_by(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return grad(lambda y: trace_of_hessian(f, y))(x)
+
+
+MODES: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
+    "forward over reverse": lambda f, x: torch.stack([jvp(grad(f), (x,), (e,))[1] for e in torch.eye(len(x), dtype=x.dtype)]),
+    "reverse over reverse": lambda f, x: torch.stack([vjp(grad(f), x)[1](e)[0] for e in torch.eye(len(x), dtype=x.dtype)]),
+    "vmapped rows": lambda f, x: vmap(lambda e: jvp(grad(f), (x,), (e,))[1])(torch.eye(len(x), dtype=x.dtype)),
+    "hessian": lambda f, x: hessian(f)(x),
+}
+# ------------------------------------------------------------------------------------------------- values, derivatives
+
+
+@table
+@pytest.mark.parametrize("dtype", torch_dtypes, ids=str)
+def test_a_repair_has_the_value_and_dtype_of_the_operator(case: Case, dtype: torch.dtype) -> None:
+    args = tensors(*case.shapes, seed=2, dtype=dtype)
+    theirs, ours = leaves(case.op(*args)), leaves(repaired(case.op)(*args))
+    same_values(ours, theirs)
+
+
+def same_values(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        if not b.is_floating_point():
+            assert torch.equal(a, b)
+            continue
+        digits = {torch.float64: 1e-12, torch.float32: 3e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[b.dtype]
+        torch.testing.assert_close(a, b, rtol=digits, atol=digits, equal_nan=True)
+
+
+@table
+def test_second_derivatives_of_a_repair_agree_with_differences_of_torchs_gradient(case: Case) -> None:
+    x, truth = case.point(), true_hessian(case)
+    assert truth.abs().max() > 1e-4
+    for name, mode in MODES.items():
+        assert relative_error(mode(repaired(case.loss), x), truth) < case.tolerance, name
+
+
+@table
+def test_third_derivatives_of_a_repair_agree_with_differences_of_the_trace(case: Case) -> None:
+    x, f = case.point(), repaired(case.loss)
+    (v,) = tensors(x.shape, seed=3)
+    truth = difference(lambda y: trace_of_hessian(f, y), x, v)
+    assert abs(third_by(f, x) @ v - truth) < 1e-6 * (truth.abs() + 1e-2)
+
+
+@table
+def test_the_gradient_of_a_vmapped_repair_is_the_gradient_row_by_row(case: Case) -> None:
+    x = torch.stack([case.point(), 1.01 * case.point()])
+    together = grad(lambda z: vmap(repaired(case.loss))(z).sum())(x)
+    assert relative_error(together, torch.stack([grad(repaired(case.loss))(row) for row in x])) < 1e-12
+
+
+def test_every_case_is_one_of_a_repair() -> None:
+    for case in CASES:
+        with Watched() as mode:
+            case.op(*tensors(*case.shapes))
+        assert any(func in REPAIRS for func in mode.seen), case.name
+
+
+# ------------------------------------------------------------------------------------------------------------ canaries
+
+
+@pytest.mark.parametrize(
+    ("case", "mode"), [(c, m) for c in CASES for m in c.alone], ids=lambda p: getattr(p, "name", p).replace(" ", "-")
+)
+def test_torch_alone_still_has_it_wrong_or_raises(case: Case, mode: str) -> None:
+    x = case.point()
+    derivative = third_by if mode == "third" else MODES[mode]
+    if case.alone[mode] == "raises":
+        with pytest.raises(RuntimeError, match=r"forward AD|not implemented|ZeroTensors|data pointer"):
+            derivative(case.loss, x)
+    else:
+        truth = third_by(repaired(case.loss), x) if mode == "third" else true_hessian(case)
+        assert not relative_error(derivative(case.loss, x), truth) < 1e-5
+
+
+@pytest.mark.parametrize("upper", [True, False])
+def test_torch_alone_counts_the_triangle_that_cholesky_kernels_do_not_read_and_the_repair_does_not(upper: bool) -> None:
+    (b,) = tensors((2, 3, 2), seed=3)
+    for op in (torch.cholesky_inverse, functools.partial(torch.cholesky_solve, b)):
+
+        def f(x: Tensor, op: Callable[..., Tensor] = op) -> Tensor:
+            return op(0.3 * x.view(2, 3, 3) + EYE, upper=upper).sin().sum()
+
+        (x,) = tensors((18,), seed=6)
+        truth = torch.stack([difference(f, x, e) for e in torch.eye(18, dtype=x.dtype)])
+        assert relative_error(bare_gradient(f, x), truth) > 0.1
+        assert relative_error(grad(repaired(f))(x), truth) < 1e-9
+    assert {torch.cholesky_inverse, torch.Tensor.cholesky_solve} < FIRST_ORDER_REPAIRS
+
+
+def test_torch_alone_has_the_gradient_of_a_vmapped_select_scatter_wrong_and_the_repair_right() -> None:
+    def f(x: Tensor, s: Tensor) -> Tensor:
+        return vmap(lambda a, b: torch.sin(torch.select_scatter(a, b, 0, 1)).sum())(x, s).sum()
+
+    x, s = tensors((2, 2, 3), (2, 3))
+    assert relative_error(grad(f, 1)(x, s), torch.cos(s)) > 0.1
+    torch.testing.assert_close(grad(repaired(f), 1)(x, s), torch.cos(s))
+    assert torch.select_scatter in FIRST_ORDER_REPAIRS and REPAIRS.keys() >= FIRST_ORDER_REPAIRS
+
+
+def test_float32_lstms_go_to_a_library_without_a_forward_rule_and_the_repair_does_not() -> None:
+    case = next(case for case in CASES if case.name == "lstm")
+    x, (v,) = case.point(), tensors(case.point().shape, seed=3)
+    truth = jvp(grad(case.loss), (x,), (v,))[1]
+    if torch.backends.mkldnn.is_available():
+        with pytest.raises(NotImplementedError, match="forward AD"):
+            jvp(grad(case.loss), (x.float(),), (v.float(),))
+    assert relative_error(jvp(grad(repaired(case.loss)), (x.float(),), (v.float(),))[1].double(), truth) < 1e-5
+
+
+KILLED = """
+import sys, torch, torch.nn.functional as F
+from torch.func import grad, jvp
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from functional_hess.repairs import REPAIRS
+class Dispatch(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+class Swapped(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return (REPAIRS.get(func, func) if sys.argv[2] == "repaired" else func)(*args, **(kwargs or {}))
+x, n = torch.ones(3), torch.tensor([1, 2, 3])
+f = {"ldexp": lambda x: torch.ldexp(x, n).sin().sum(), "mse_loss": lambda x: F.mse_loss(x, torch.zeros(3))}[sys.argv[1]]
+with Swapped(), Dispatch():
+    jvp(grad(f), (x,), (x,))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["ldexp", "mse_loss"])
+def test_torch_alone_ends_the_process_under_a_dispatch_mode_and_the_repair_does_not(op: str) -> None:
+    bare, mended = (subprocess.run([sys.executable, "-c", KILLED, op, how], capture_output=True) for how in ("bare", "repaired"))
+    assert bare.returncode < 0 and mended.returncode == 0, mended.stderr
+
+
+# ------------------------------------------------------------------------------------------------ arguments of the ops
+
+
+def assert_same_call(op: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Same value, or an error of the same kind, on two copies of the arguments, which must end up alike too."""
+    mine, theirs = copy.deepcopy((args, kwargs)), copy.deepcopy((args, kwargs))
+    answers = []
+    for call in (
+        repaired(lambda: op(*mine[0], **mine[1])),
+        lambda: op(*theirs[0], **theirs[1]),
+    ):
+        torch.manual_seed(0)
+        try:
+            answers.append(leaves(call()))
+        except Exception as error:
+            answers.append(type(error))
+    if isinstance(answers[1], type):
+        assert answers[0] is answers[1]
+    else:
+        same_values(answers[0], answers[1])
+    for a, b in zip([*mine[0], *mine[1].values()], [*theirs[0], *theirs[1].values()], strict=True):
+        if isinstance(a, Tensor):
+            torch.testing.assert_close(a, b, equal_nan=True)
+
+
+X, Y = tensors((4, 3), (4, 3), seed=7)
+W, B, R, V = (t.abs() + 0.5 for t in tensors((3,), (3,), (3,), (3,), seed=8))
+IMAGES = tensors((2, 3, 2, 2), seed=9)[0]
+aten = torch.ops.aten
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_norms_have_torchs_arguments_statistics_and_errors(dtype: torch.dtype) -> None:
+    x, images, w, b = (t.to(dtype) for t in (X, IMAGES, W, B))
+    r, v = R.to(dtype), V.to(dtype)
+    for call in (F.layer_norm, torch.layer_norm, aten.layer_norm, aten.layer_norm.default):
+        assert_same_call(call, x, [3], w, b, 1e-2)
+        assert_same_call(call, x, [4], w, b)
+    assert_same_call(F.layer_norm, x, normalized_shape=[4, 3], eps=0.1)
+    for call in (torch.native_layer_norm, aten.native_layer_norm):
+        assert_same_call(call, x, [3], w, b, 1e-2)
+    for training in (True, False):
+        assert_same_call(F.batch_norm, x, r, v, w, b, training, momentum=0.3, eps=1e-2)
+        assert_same_call(F.batch_norm, images, r, v, training=training)
+        assert_same_call(F.instance_norm, images, r, v, w, b, training, 0.3, 1e-2)
+        for call in (torch.native_batch_norm, aten.native_batch_norm.default):
+            assert_same_call(call, x, w, b, r, v, training, 0.2, 1e-3)
+    assert_same_call(F.batch_norm, x, None, None, weight=w)  # neither statistics nor training: an error
+    assert_same_call(F.batch_norm, x[:1], None, None, training=True)  # one value per channel: an error
+    assert_same_call(F.batch_norm, x, None, None, w[:2], training=True)
+    assert_same_call(F.batch_norm, x, None, None, training=True, eps=0.0)
+    assert_same_call(F.instance_norm, images[..., :1, :1])
+
+
+def test_running_statistics_are_updated_once_under_derivatives_too() -> None:
+    def f(mean: Tensor, var: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda x: F.batch_norm(x, mean, var, W, B, True).sin().sum()
+
+    (v,) = tensors((4, 3), seed=4)
+    ours, theirs = (R.clone(), V.clone()), (R.clone(), V.clone())
+    jvp(grad(repaired(f(*ours))), (X,), (v,))
+    jvp(grad(f(*theirs)), (X,), (v,))
+    F.batch_norm(X, R.clone(), V.clone(), training=True)
+    torch.testing.assert_close(ours, theirs)
+    assert not torch.equal(ours[0], R)
+    with pytest.raises(RuntimeError, match="not batched"):
+        vmap(repaired(f(*ours)))(torch.stack([X, X]))
+
+
+@pytest.mark.filterwarnings("ignore:size_average and reduce args:UserWarning", "ignore:Using a target size:UserWarning")
+def test_losses_have_torchs_arguments_and_errors() -> None:
+    for how in ("none", "mean", "sum", "median"):
+        for loss in (F.mse_loss, F.huber_loss, F.soft_margin_loss):
+            assert_same_call(loss, X, Y.sign(), reduction=how)
+        assert_same_call(F.mse_loss, X, Y, reduction=how, weight=Y.exp())
+        assert_same_call(F.huber_loss, X, Y, how, 0.3, Y.exp())
+        assert_same_call(F.multi_margin_loss, X, LABELS, 2, 0.4, W, reduction=how)
+        assert_same_call(F.multi_margin_loss, X[0], LABELS[1], reduction=how)
+        assert_same_call(F.multilabel_margin_loss, X[:2], torch.tensor([[0, -1, 2], [2, 1, 1]]), reduction=how)
+        assert_same_call(F.multilabel_margin_loss, X[0], torch.tensor([-1, 0, 2]), reduction=how)
+    for size_average, reduce in ((True, None), (False, None), (None, False)):
+        assert_same_call(F.mse_loss, X, Y, size_average, reduce)
+        assert_same_call(F.soft_margin_loss, X, Y.sign(), size_average=size_average, reduce=reduce)
+    assert_same_call(F.mse_loss, X, Y[:, :1])
+    assert_same_call(F.huber_loss, X, Y, delta=-1.0)
+    assert_same_call(F.huber_loss, X, Y[:, :2])
+    assert_same_call(F.multi_margin_loss, X, LABELS, p=3)
+    assert_same_call(F.multi_margin_loss, X, LABELS[:2])
+    assert_same_call(F.multilabel_margin_loss, X, LABELS)
+    assert_same_call(aten.mse_loss, self=X, target=Y)
+    assert_same_call(aten.mse_loss.default, X, Y, 2)
+    assert_same_call(torch._C._nn.huber_loss, X, Y, 0, 0.3)
+
+
+def test_a_deprecated_or_doubtful_argument_still_warns() -> None:
+    with pytest.warns(UserWarning, match="target size"):
+        repaired(F.mse_loss)(X, Y[:, :1])
+    with pytest.warns(UserWarning, match="deprecated"):
+        repaired(F.mse_loss)(X, Y, size_average=False)
+
+
+Q, K, VAL = tensors((2, 2, 3, 4), (2, 2, 5, 4), (2, 2, 5, 2), seed=11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_attention_has_torchs_arguments_and_errors(dtype: torch.dtype) -> None:
+    q, k, v = (t.to(dtype) for t in (Q, K, VAL))
+    mask = torch.rand(3, 5, generator=torch.Generator().manual_seed(0)) > 0.5
+    mask[1] = False
+    for options in (
+        {},
+        {"is_causal": True},
+        {"attn_mask": mask},
+        {"attn_mask": torch.zeros(3, 5, dtype=dtype).masked_fill(~mask, float("-inf"))},
+        {"scale": 0.3},
+        {"scale": -0.3},
+        {"attn_mask": mask, "is_causal": True},
+    ):
+        assert_same_call(F.scaled_dot_product_attention, q, k, v, **options)
+    assert_same_call(F.scaled_dot_product_attention, q, k[:, :1], v[:, :1], enable_gqa=True)
+    assert_same_call(F.scaled_dot_product_attention, q, k[..., :2], v)
+    assert_same_call(F.scaled_dot_product_attention, q, k[:, :, :3], v)
+    assert_same_call(F.scaled_dot_product_attention, q[0, 0], k[0, 0], v[0, 0])
+    if dtype is torch.float64:
+        assert_same_call(F.scaled_dot_product_attention, q, k, v, dropout_p=0.4)  # the same bits
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_multi_head_attention_has_torchs_values_under_every_mask(need_weights: bool, batch_first: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.MultiheadAttention(4, 2, dropout=0.3, add_bias_kv=True, batch_first=batch_first).double()
+    plain = nn.MultiheadAttention(4, 2, batch_first=batch_first).double().eval()
+    (x,) = tensors((3, 3, 4), seed=12)
+    causal = nn.Transformer.generate_square_subsequent_mask(3, dtype=torch.float64)
+    padding = torch.tensor([[False, False, True], [False, False, False], [True, True, True]])
+    for net_, options in (
+        (net, {}),
+        (net, {"key_padding_mask": padding}),
+        (plain, {"key_padding_mask": padding, "attn_mask": torch.isinf(causal)}),
+        (plain, {"attn_mask": causal, "is_causal": True}),
+        (plain, {"is_causal": True}),
+        (plain, {"attn_mask": causal, "key_padding_mask": padding, "is_causal": True}),
+        (plain, {"attn_mask": causal[:2]}),
+    ):
+        options = {
+            k: v.double().masked_fill(v, -torch.inf) if v is padding and "is_causal" in options else v for k, v in options.items()
+        }
+        assert_same_call(net_, x, x, x, need_weights=need_weights, **options)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("dtype", torch_dtypes, ids=str)
+def test_recurrent_layers_have_torchs_values_in_every_layout(kind: str, dtype: torch.dtype) -> None:
+    (x,) = tensors((4, 3, 2), seed=13, dtype=dtype)
+    rows = nn.utils.rnn.pack_padded_sequence(x, [2, 4, 1], enforce_sorted=False)
+    for options in (
+        {},
+        {"num_layers": 3, "bidirectional": True, "batch_first": True},
+        {"num_layers": 2, "dropout": 0.5},
+        {"bias": False, "bidirectional": True},
+        *([{"proj_size": 1, "num_layers": 2, "bidirectional": True}] if kind == "LSTM" else []),
+        *([{"nonlinearity": "relu"}] if kind == "RNN" else []),
+    ):
+        torch.manual_seed(1)
+        net = getattr(nn, kind)(2, 3, **options).to(dtype)
+        if dtype is torch.float64 or "dropout" not in options:
+            assert_same_call(net, x)
+            assert_same_call(lambda net, rows: (net(rows)[0].data, net(rows)[1]), net, rows)
+        assert_same_call(net.eval(), x[:, 0])
+        assert_same_call(net, x[..., :1])
+
+
+def test_the_remaining_operators_have_torchs_arguments_and_errors() -> None:
+    square = X[:3] + EYE
+    assert_same_call(F.hardsigmoid, 4 * X, inplace=True)
+    assert_same_call(F.hardsigmoid, torch.tensor([-3.0, 3.0, -torch.inf, torch.inf, torch.nan]))
+    assert_same_call(F.glu, X, 0)
+    assert_same_call(F.glu, X, 1)
+    for dim in (0, 1, -1):
+        assert_same_call(torch._weight_norm, X, X.norm() if dim == -1 else X.norm(dim=1 - dim, keepdim=True), dim)
+    for upper in (True, False):
+        assert_same_call(torch.cholesky_inverse, square, upper)
+        assert_same_call(square.expand(2, 3, 3).cholesky_inverse, upper=upper)
+        assert_same_call(torch.cholesky_solve, X.T, square, upper=upper)
+        for transpose in (True, False):
+            assert_same_call(torch.triangular_solve, X.T, square, upper, transpose, unitriangular=upper)
+    assert_same_call(torch.cholesky_inverse, X)
+    assert_same_call(torch.cholesky_solve, X, square)
+    for right_side in (W, X.T, X.expand(2, 4, 3).mT, X):
+        assert_same_call(torch.linalg.solve, square, right_side)
+    batched = square.expand(2, 3, 3)
+    for right_side in (W, W.expand(2, 3), X.T.expand(2, 3, 4)):
+        assert_same_call(torch.linalg.solve, batched, right_side)
+    assert_same_call(torch.linalg.solve, square, X, left=False)
+    assert_same_call(torch.linalg.solve, torch.zeros_like(square), W)
+    for matrix in (square, -square, batched, 0 * square, X):
+        for op in (torch.slogdet, torch.linalg.slogdet, torch.logdet, torch.Tensor.slogdet):
+            assert_same_call(op, matrix)
+    for p in (0.0, 1.0, 1.5, 2.0, 3.0, 4.0, torch.inf, -1.0):
+        assert_same_call(torch.cdist, X, Y[:2], p)
+        assert_same_call(torch.pdist, X, p)
+    assert_same_call(torch.cdist, X.expand(2, 1, 4, 3), Y.expand(3, 4, 3), compute_mode="donot_use_mm_for_euclid_dist")
+    assert_same_call(torch.cdist, X, Y, compute_mode="no such mode")
+    assert_same_call(torch.cdist, X, Y[:, :2])
+    assert_same_call(torch.cdist, X[:0], Y)
+    assert_same_call(torch.cdist, X[:, :0], Y[:, :0], torch.inf)
+    for n in (torch.tensor([1, -2, 17]), torch.tensor([0.5, 1.0, 2.0]), 3):
+        assert_same_call(torch.ldexp, X, n)
+        assert_same_call(torch.Tensor.ldexp_, X.half(), n)
+    assert_same_call(torch.ldexp, torch.tensor([1, 2]), torch.tensor([3, 4]))
+
+
+def test_gathering_and_scattering_have_torchs_arguments_and_errors() -> None:
+    for mode in ("sum", "mean", "max", "median"):
+        for options in (
+            {},
+            {"padding_idx": 1},
+            {"padding_idx": -1},
+            {"include_last_offset": True},
+            {"scale_grad_by_freq": True},
+            {"per_sample_weights": tensors((6,))[0]},
+        ):
+            assert_same_call(F.embedding_bag, BAG, X, OFFSETS, mode=mode, **options)
+        assert_same_call(F.embedding_bag, BAG.view(3, 2), X, mode=mode, padding_idx=0)
+        assert_same_call(F.embedding_bag, BAG.view(3, 2), X, OFFSETS, mode=mode)
+        assert_same_call(F.embedding_bag, BAG, X, max_norm=0.1, offsets=OFFSETS, mode=mode)
+    for include_self in (True, False):
+        for how in ("prod", "mean", "amax", "median"):
+            assert_same_call(torch.scatter_reduce, X, 0, PLACE, Y, how, include_self=include_self)
+            assert_same_call(X.scatter_reduce, -1, PLACE, Y, how, include_self=include_self)
+            assert_same_call(torch.Tensor.scatter_reduce_, X, 0, PLACE, Y, how, include_self=include_self)
+            assert_same_call(torch.index_reduce, X, 0, PLACE[:, 0], Y[:3], how, include_self=include_self)
+            assert_same_call(torch.Tensor.index_reduce_, X, 1, PLACE[0], Y[:, :2], how, include_self=include_self)
+    assert_same_call(torch.scatter_reduce, X, 0, PLACE.T, Y[:1], "prod")
+    assert_same_call(torch.index_reduce, X, 0, PLACE[:, 0], Y, "prod")
+    for dim, index in ((0, 1), (0, -4), (1, 2), (-2, 3), (0, 4), (2, 0)):
+        assert_same_call(torch.select_scatter, X, W if dim in (0, -2) else X[:, 0], dim, index)
+    assert_same_call(torch.select_scatter, X, W[:2], 0, 1)
+    for lengths in ([3, 2, 2], [4, 4, 1], [1, 2, 3], [5, 1, 1], [2, 1, 0], [2, 1]):
+        assert_same_call(lambda x, n: nn.utils.rnn.pack_padded_sequence(x, n), X.expand(3, 4, 3).transpose(0, 1), lengths)
+        assert_same_call(lambda x, n: nn.utils.rnn.pack_padded_sequence(x, n, batch_first=True), X.expand(3, 4, 3), lengths)
+
+
+# ----------------------------------------------------------------------------------------------------- singular points
+
+
+@pytest.mark.parametrize("p", [1.0, 1.5, 2.0, 3.0, 4.0, float("inf")])
+def test_distances_of_coincident_points_have_derivatives_zero(p: float) -> None:
+    x = X.clone()
+    x[1] = x[0]
+
+    def f(x: Tensor) -> Tensor:
+        return torch.cdist(x[:1], x[1:2], p=p).sum() + F.pdist(x[:2], p).sum()
+
+    for derivative in (grad(repaired(f))(x), jvp(grad(repaired(f)), (x,), (Y,))[1]):
+        assert torch.equal(derivative, torch.zeros_like(x))
+    assert torch.equal(bare_gradient(f, x), torch.zeros_like(x))
+
+
+def test_masked_attention_and_empty_bags_have_finite_derivatives() -> None:
+    q = tensors((1, 1, 4, 2))[0]
+    q = torch.cat([q[:, :, :2], q[:, :, :2]], 2)
+
+    def g(q: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q[:, :, :2], q[:, :, :3], q[:, :, :3], BOOL_MASK).sin().sum()
+
+    for function in (g, lambda q: F.embedding_bag(BAG, q[0, 0], OFFSETS, mode="max").sin().sum()):
+        assert jvp(grad(repaired(function)), (q,), (q.flip(2),))[1].isfinite().all()
+
+
+def test_soft_margins_do_not_overflow_in_value_or_derivatives() -> None:
+    x, y = torch.tensor([-2000.0, 2000.0], dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    f = repaired(lambda x: F.soft_margin_loss(x, y, reduction="sum"))
+    torch.testing.assert_close(f(x), torch.tensor(2000.0, dtype=torch.float64))
+    torch.testing.assert_close(jvp(grad(f), (x,), (y,))[1], torch.zeros_like(x))
+
+
+def test_the_table_cannot_be_written() -> None:
+    with pytest.raises(TypeError):
+        REPAIRS[torch.sin] = torch.cos  # type: ignore[index]
