@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from functional_hess.tree import tensors_of
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 __all__ = [
     "Estimate",
@@ -63,7 +69,7 @@ class MemoryLimitError(MemoryError):
 class Survey:
     """One plain evaluation of f, watched.
 
-    ``order`` lists the leaves as f first uses them; ``saved`` is S, the bytes of its intermediate results; ``calls`` their number.
+    ``order`` lists the leaves as f first uses them; ``saved`` is S, the bytes of its intermediate results, ``calls`` their number.
     """
 
     value: Any
@@ -215,8 +221,6 @@ def _system() -> int | None:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     with contextlib.suppress(ImportError, ValueError, OSError, AttributeError):
-        import os
-
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     return None
 
@@ -243,9 +247,7 @@ def _cgroup() -> int | None:
 
 
 def _address_space() -> int | None:
-    try:
-        import resource
-    except ImportError:  # Windows
+    if resource is None:
         return None
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit == resource.RLIM_INFINITY:
@@ -327,8 +329,8 @@ def _wish(rows: int, mean_result: float, device: torch.device) -> int:
 def _refusal(verb: str, rows: int, output: int, working: float, k: int, total: float, memory_limit: Any) -> str:
     limit = "memory_limit" if memory_limit is not None else f"{SHARE_OF_AVAILABLE:.0%} of the memory available"
     return (
-        f"{verb}: {rows} rows need {(output + working) / MIB:,.0f} MB ({output / MIB:,.0f} MB of result and {working / MIB:,.0f} MB "
-        f"to work with, {k} row{'s' if k > 1 else ''} at a time), but {limit} is {total / MIB:,.0f} MB. Stream them with "
+        f"{verb}: {rows} rows need {(output + working) / MIB:,.0f} MB ({output / MIB:,.0f} MB of result and "
+        f"{working / MIB:,.0f} MB to work with, {k} row{'s' if k > 1 else ''} at a time), but {limit} is {total / MIB:,.0f} MB. Stream them with "
         "hessian_rows (rows= takes any part), write into a memory-mapped out=, take hessian_diagonal or hessian_blocks, or use "
         "products with hvp, which need no matrix."
     )

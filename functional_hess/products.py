@@ -19,6 +19,7 @@ For many vectors at one point, keep a pullback of the gradient: ``_, product = v
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import weakref
 from collections.abc import Callable, Sequence
@@ -178,18 +179,16 @@ def first_mode_that_works(
 
 
 def _order(f: Callable[..., Any], x: Tensors, chain: Sequence[str]) -> tuple[str, ...]:
-    try:
+    known = None
+    with contextlib.suppress(TypeError):  # a callable without weak references or hash
         known = _remembered.get(f, {}).get(_key(x))
-    except TypeError:
-        known = None
-    return (known, *(m for m in chain if m != known)) if known in chain else tuple(chain)
+    first = tuple(mode for mode in chain if mode == known)
+    return (*first, *(mode for mode in chain if mode != known))
 
 
 def _remember(f: Callable[..., Any], x: Tensors, mode: str) -> None:
-    try:
+    with contextlib.suppress(TypeError):
         _remembered.setdefault(f, {})[_key(x)] = mode
-    except TypeError:  # a callable without weak references or hash
-        pass
 
 
 def _key(x: Tensors) -> tuple[Any, ...]:

@@ -519,7 +519,7 @@ def _cholesky_inverse(input: Tensor, upper: bool = False) -> Any:
     """(L L')^-1 = L'^-1 L^-1 from one triangle: forward mode is wrong; gradients too if the other triangle is not 0."""
     if input.dim() < 2 or input.shape[-1] != input.shape[-2]:
         return NotImplemented
-    L = input.mH.tril() if upper else input.tril()
+    L = input.mH if upper else input  # of which solve_triangular reads one triangle
     inverse = torch.linalg.solve_triangular(L, torch.eye(L.shape[-1], dtype=L.dtype, device=L.device).expand_as(L), upper=False)
     return inverse.mH @ inverse
 
@@ -529,7 +529,7 @@ def _cholesky_solve(input: Tensor, input2: Tensor, upper: bool = False) -> Any:
     """L'^-1 (L^-1 B) from one triangle of L: gradients are wrong if the other triangle is not zero."""
     if min(input.dim(), input2.dim()) < 2:
         return NotImplemented
-    L = input2.mH.tril() if upper else input2.tril()
+    L = input2.mH if upper else input2  # of which solve_triangular reads one triangle
     return torch.linalg.solve_triangular(L.mH, torch.linalg.solve_triangular(L, input, upper=False), upper=True)
 
 

@@ -5,9 +5,9 @@ For a scalar f of a tree with leaves x_1, ..., x_L,
     H[p][q] = d^2 f / dx_p dx_q,    a block of shape x_p.shape + x_q.shape.
 
 Every part is a ``vmap`` of Hessian-vector products over unit vectors, in chunks whose memory is known beforehand
-(:mod:`functional_hess.chunking`). Unit vectors live on the leaves they touch; no n x n identity is ever made. Because H is
-symmetric, a pair of leaves is computed once: leaves are ordered as f uses them first, and rows of a leaf are differentiated only
-with respect to the leaves after it, so that rows of the last layers never run through the first ones.
+(:mod:`functional_hess.rows`); this floor says which rows, and puts them where they belong. Because H is symmetric, a pair of
+leaves is computed once: leaves are ordered as f uses them first, and rows of a leaf are differentiated only with respect to the
+leaves after it, so that rows of the last layers never run through the first ones.
 
 At the outermost level chunks are written into preallocated blocks (or ``out``). Under another transform, or where plain autograd
 watches an argument, they are concatenated instead, since neither can follow a write into a buffer.
@@ -18,36 +18,17 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import functools
-import time
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from functional_hess.chunking import (
-    MIB,
-    Estimate,
-    Survey,
-    chunk_for,
-    closed_bound,
-    measured,
-    progress_bar,
-    survey,
-)
-from functional_hess.guards import Replay
-from functional_hess.products import (
-    FINITE_DIFFERENCE,
-    FORWARD_OVER_REVERSE,
-    MANY_PRODUCTS,
-    REVERSE_OVER_REVERSE,
-    first_mode_that_works,
-    product_at,
-    rows_of,
-)
-from functional_hess.transforms import Bound, bind, flat_value_and_grad, flat_vmap, is_outermost, plain, repaired
-from functional_hess.tree import Piece, Space, flat, tensors_of
+from functional_hess.chunking import MIB, progress_bar
+from functional_hess.products import FORWARD_OVER_REVERSE, REVERSE_OVER_REVERSE, first_mode_that_works, product_at, rows_of
+from functional_hess.rows import Chunk, Options, Plan, Problem, chunks_of, evaluate, look, plan_rows, try_one_row
+from functional_hess.transforms import flat_value_and_grad, flat_vmap, is_outermost, plain
+from functional_hess.tree import Piece, Space, flat
 
 __all__ = [
     "Explanation",
@@ -61,274 +42,6 @@ __all__ = [
 
 Tree = Any
 Tensors = tuple[Tensor, ...]
-_estimates: weakref.WeakKeyDictionary[Any, dict[Any, Estimate]] = weakref.WeakKeyDictionary()
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What the calls of this module share; each is documented in :func:`hessian`."""
-
-    mode: str = "auto"
-    chunk_size: int | str | None = "auto"
-    memory_limit: int | float | str | None = None
-    randomness: str = "error"
-    strict: bool = False
-    progress: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """Leaves whose rows are computed from one kept graph, and the leaves they are differentiated with respect to."""
-
-    rows: tuple[int, ...]
-    columns: tuple[int, ...]
-    pieces: tuple[Piece, ...]
-
-    def __len__(self) -> int:
-        return sum(map(len, self.pieces))
-
-
-@dataclasses.dataclass(frozen=True)
-class Chunk:
-    """Rows of H: ``values[j]`` has shape (k, *shape of leaf columns[j]); row i belongs to the i-th coordinate of ``pieces``.
-
-    ``by_columns`` tells that the values are columns of the derivative of the gradient (forward mode), not rows of it; the two
-    differ only where H is not symmetric.
-    """
-
-    pieces: tuple[Piece, ...]
-    columns: tuple[int, ...]
-    values: Tensors
-    by_columns: bool
-
-    def __len__(self) -> int:
-        return sum(map(len, self.pieces))
-
-
-# ---------------------------------------------------------------------------------------------------- the plan
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a call is going to do: which rows against which columns, how many at once, in how much memory."""
-
-    bound: Bound
-    scalar: Callable[..., tuple[Tensor, Any]]
-    seen: Survey
-    groups: tuple[Group, ...]
-    chunk: int
-    estimate: Estimate
-    output: int
-    options: Options
-    f: Callable[..., Any]
-
-    @property
-    def rows(self) -> int:
-        return sum(map(len, self.groups))
-
-    @property
-    def chunks(self) -> int:
-        return sum(-(-len(group) // self.chunk) for group in self.groups)
-
-
-def _look(
-    verb: str, f: Callable[..., Any], args: Any, kwargs: Any, argnums: Any, has_aux: bool, options: Options
-) -> tuple[Bound, Survey]:
-    bound = bind(verb, f, args, kwargs, argnums)
-    replay = Replay(options.randomness, bound.x, verb)
-    seen = survey(lambda *x: bound.split(x, has_aux), bound.x)
-    replay.rewind()
-    if options.strict:
-        flat_value_and_grad(bound.scalar(has_aux), bound.x, verb=verb, strict=bound.space)
-        replay.rewind()
-    return bound, seen
-
-
-def _plan(
-    bound: Bound,
-    seen: Survey,
-    wanted: Sequence[tuple[Piece, tuple[int, ...]]],
-    output: int,
-    options: Options,
-    has_aux: bool,
-    f: Callable[..., Any],
-    *,
-    scalar: Callable[..., tuple[Tensor, Any]] | None = None,
-    copies: int = 1,
-) -> Plan:
-    """Group the wanted rows (in order), and choose the chunk. ``copies`` multiplies the work of a row (vector-valued f)."""
-    x, sizes = bound.x, bound.space.sizes
-    scalar = scalar or bound.scalar(has_aux)
-    total = sum(len(piece) for piece, _ in wanted)
-    if not is_outermost():
-        chunk = total if options.chunk_size in ("auto", None) else int(options.chunk_size)  # type: ignore[arg-type]
-        groups = _grouped(wanted, chunk, sizes)
-        return Plan(bound, scalar, seen, groups, max(chunk, 1), Estimate(0, 0, "left to the outer transform"), 0, options, f)
-    parameters = sum(t.numel() * t.element_size() for t in x)
-    bytes_ = closed_bound(parameters, seen.saved)
-    bound_of_call = dataclasses.replace(bytes_, per_row=bytes_.per_row * copies)
-    widest = _grouped(wanted, total, sizes)
-    chunk, estimate = chunk_for(
-        bound.verb,
-        rows=max(map(len, widest), default=0),
-        output=output,
-        mean_result=copies * seen.saved / seen.calls,
-        bound=bound_of_call,
-        refine=functools.partial(_refine, f, bound, scalar, widest, options, copies, bound_of_call) if copies == 1 else None,
-        device=bound.space.device,
-        memory_limit=options.memory_limit,
-        chunk_size=options.chunk_size,
-    )
-    return Plan(bound, scalar, seen, _grouped(wanted, chunk, sizes), chunk, estimate, output, options, f)
-
-
-def _grouped(wanted: Sequence[tuple[Piece, tuple[int, ...]]], chunk: int, sizes: Sequence[int]) -> tuple[Group, ...]:
-    """Neighbours share a group while what joins is smaller than a chunk, up to four chunks: few calls for many small leaves."""
-    groups: list[list[tuple[Piece, tuple[int, ...]]]] = []
-    for piece, columns in wanted:
-        if groups and len(piece) < chunk and sum(len(p) for p, _ in groups[-1][1:]) + len(piece) <= 4 * chunk:
-            groups[-1].append((piece, columns))
-        elif len(piece):
-            groups.append([(piece, columns)])
-    return tuple(
-        Group(
-            rows=tuple(dict.fromkeys(piece.leaf for piece, _ in group)),
-            columns=tuple(sorted({leaf for _, columns in group for leaf in columns})),
-            pieces=tuple(piece for piece, _ in group),
-        )
-        for group in groups
-    )
-
-
-def _refine(
-    f: Callable[..., Any],
-    bound: Bound,
-    scalar: Callable[..., tuple[Tensor, Any]],
-    groups: Sequence[Group],
-    options: Options,
-    copies: int,
-    fallback: Estimate,
-) -> Estimate:
-    """A fake run of the group that needs most; the closed bound where that cannot be done.
-
-    Only reverse-over-reverse runs on fake tensors: forward mode under a dispatch mode can end the process in torch.
-    """
-    if options.mode not in ("auto", REVERSE_OVER_REVERSE, "fastest"):
-        return fallback
-    key = tuple((t.shape, t.dtype, t.device) for t in tensors_of((bound.x, bound.space.carried))[0])
-    known = _cached(_estimates, f)
-    if key not in known:
-        group = max(groups, key=lambda g: sum(bound.space.sizes[c] for c in g.columns))
-        leaf = group.pieces[0].leaf
-
-        def run(x: Sequence[Tensor], k: int) -> Any:
-            rows = range(min(k, bound.space.sizes[leaf]))
-            product = product_at(scalar, tuple(x), REVERSE_OVER_REVERSE, group.rows, group.columns, verb=bound.verb)
-            return rows_of(product, REVERSE_OVER_REVERSE, bound.space.one_hot([Piece(leaf, rows)]))
-
-        try:
-            known[key] = measured(run, bound.x)
-        except Exception:  # f branches on a value, or leaves torch: the bound is all there is
-            known[key] = fallback
-    return known[key]
-
-
-def _cached(table: Any, f: Callable[..., Any]) -> dict[Any, Any]:
-    try:
-        return table.setdefault(f, {})
-    except TypeError:
-        return {}
-
-
-# ---------------------------------------------------------------------------------------------------- the rows
-
-
-def _chunks_of(pieces: Sequence[Piece], k: int) -> Iterator[tuple[Piece, ...]]:
-    """Pieces cut and joined to k coordinates at a time."""
-    chunk: list[Piece] = []
-    room = k
-    for piece in pieces:
-        start = 0
-        while start < len(piece):
-            part = piece.indices[start : start + room]
-            chunk.append(Piece(piece.leaf, part))
-            start, room = start + len(part), room - len(part)
-            if room == 0:
-                yield tuple(chunk)
-                chunk, room = [], k
-    if chunk:
-        yield tuple(chunk)
-
-
-def _evaluate(plan: Plan) -> Iterator[Chunk]:
-    """All rows of a plan, chunk by chunk."""
-    bound, options = plan.bound, plan.options
-    replay = Replay(options.randomness, bound.x, bound.verb)
-    choose = _Chooser(plan, replay)
-    with progress_bar(bound.verb, plan.rows, options.progress) as advance:
-        for group in plan.groups:
-            choose.enter(group)
-            for pieces in _chunks_of(group.pieces, plan.chunk):
-                mode, values = choose.rows(bound.space.one_hot(pieces))
-                yield Chunk(pieces, group.columns, values, mode in (FORWARD_OVER_REVERSE, FINITE_DIFFERENCE))
-                advance(sum(map(len, pieces)))
-    replay.finish(bound.call, bound.x)
-
-
-class _Chooser:
-    """Runs chunks in the mode that works, or with ``"fastest"`` in the one that won on the first two chunks."""
-
-    def __init__(self, plan: Plan, replay: Replay) -> None:
-        self.plan, self.replay = plan, replay
-        self.mode = REVERSE_OVER_REVERSE if plan.options.mode == "fastest" else plan.options.mode
-        self.chain: tuple[str, ...] = MANY_PRODUCTS
-        self.seconds: dict[str, float] = {}
-        self.bindings: dict[str, Any] = {}
-        self.group: Group
-
-    def enter(self, group: Group) -> None:
-        self.group = group
-        self.bindings.clear()
-
-    def rows(self, v: dict[int, Tensor]) -> tuple[str, Tensors]:
-        if self.plan.options.mode != "fastest":
-            return self._rows(v, self.mode)
-        return self._race(v)
-
-    def _rows(self, v: dict[int, Tensor], mode: str) -> tuple[str, Tensors]:
-        plan, bound = self.plan, self.plan.bound
-
-        def attempt(candidate: str) -> tuple[str, Tensors]:
-            if candidate not in self.bindings:
-                self.replay.rewind()
-                self.bindings[candidate] = product_at(
-                    plan.scalar, bound.x, candidate, self.group.rows, self.group.columns, verb=bound.verb
-                )
-            self.replay.rewind()
-            return candidate, rows_of(self.bindings[candidate], candidate, v, plan.options.randomness)
-
-        used, values = first_mode_that_works(bound.verb, plan.f, bound.x, mode, self.chain, attempt)
-        if mode == "auto" and used != self.chain[0]:
-            self.chain = (used, *(m for m in MANY_PRODUCTS if m != used))
-        return used, values
-
-    def _race(self, v: dict[int, Tensor]) -> tuple[str, Tensors]:
-        """One chunk each, every one a chunk of the answer; then the winner."""
-        if len(self.seconds) < 2:
-            candidate = MANY_PRODUCTS[len(self.seconds)]
-            start = time.perf_counter()
-            used, values = self._rows(v, candidate)
-            _synchronize(values)
-            rows = len(next(iter(v.values())))
-            self.seconds[candidate] = (time.perf_counter() - start) / rows
-            self.mode = min(self.seconds, key=self.seconds.__getitem__)
-            return used, values
-        return self._rows(v, self.mode)
-
-
-def _synchronize(values: Tensors) -> None:
-    for device in {t.device for t in values if t.device.type == "cuda"}:
-        torch.cuda.synchronize(device)
 
 
 # ---------------------------------------------------------------------------------------------------- where rows go
@@ -395,12 +108,15 @@ class _Blocks:
         return plain([joined.T if mirrored else joined])[0]
 
 
-def _require_out(verb: str, out: Tensor, space: Space, x: Tensors) -> None:
+def _require_out(problem: Problem, out: Tensor) -> None:
+    verb, space = problem.verb, problem.space
     want = (space.dim, space.dim)
-    if not is_outermost() or (torch.is_grad_enabled() and any(t.requires_grad for t in x)):
+    if not _is_scalar(problem.seen.value):
+        raise ValueError(f"{verb}: out= holds one (n, n) matrix, so f must return a scalar.")
+    if not _may_write(problem.bound.x):
         raise ValueError(
-            f"{verb}: out= cannot carry a graph or a batch, so it belongs to the outermost call. Leave it out here, or call under "
-            "torch.no_grad() if a leaf requires grad."
+            f"{verb}: out= cannot carry a graph or a batch, so it belongs to the outermost call. Leave it out here, or "
+            "call under torch.no_grad() if a leaf requires grad."
         )
     if tuple(out.shape) != want or out.dtype != space.dtype or out.device != space.device:
         got = f"shape {tuple(out.shape)}, {out.dtype}, {out.device}"
@@ -443,9 +159,9 @@ def hessian(
         progress: show a bar (needs tqdm).
 
     Returns:
-        blocks ``H[p][q]`` of shape ``x[p].shape + x[q].shape``, contiguous unless they are views of ``out``, ``None`` at carried leaves.
-        Costs one plain evaluation of f, one gradient graph a group of leaves, and n backward passes, batched. Memory is at most
-        the output + max(64 MiB, output / 10). ``Space.of(x).matrix(H)`` is one (n, n) matrix.
+        blocks ``H[p][q]`` of shape ``x[p].shape + x[q].shape``, contiguous unless they are views of ``out``, ``None`` at carried
+        leaves. Costs one plain evaluation of f, one gradient graph a group of leaves, and n backward passes, batched. Memory is
+        at most the output + max(64 MiB, output / 10). ``Space.of(x).matrix(H)`` is one (n, n) matrix.
 
     Raises:
         MemoryLimitError: it cannot fit; nothing has been allocated.
@@ -460,22 +176,19 @@ def hessian(
         tensor([[10.,  6.],
                 [ 6.,  0.]])
     """
-    options = Options(mode, chunk_size, memory_limit, randomness, strict, progress)
+    options = Options(has_aux, mode, chunk_size, memory_limit, randomness, strict, progress)
 
     def planned(*args: Any, **kwargs: Any) -> Plan:
-        bound, seen = _look("hessian", f, args, kwargs, argnums, has_aux, options)
+        problem = look("hessian", f, args, kwargs, argnums, options)
         if out is not None:
-            _require_out("hessian", out, bound.space, bound.x)
-        return _dense_plan(f, bound, seen, options, has_aux, symmetric, out)
+            _require_out(problem, out)
+        return _dense_plan(problem, symmetric, out)
 
     @functools.wraps(f, updated=())
     def transformed(*args: Any, **kwargs: Any) -> Any:
         plan = planned(*args, **kwargs)
-        if not _is_scalar(plan.seen.value):
-            H = _vector_hessian(plan, has_aux, out)
-        else:
-            H = _dense(plan, symmetric, out)
-        return (H, plan.seen.aux) if has_aux else H
+        H = _dense(plan, symmetric, out) if _is_scalar(plan.problem.seen.value) else _dense_of_each_output(plan)
+        return (H, plan.problem.seen.aux) if has_aux else H
 
     return _explainable(transformed, planned)
 
@@ -519,13 +232,14 @@ def value_grad_and_hessian(
 
     @functools.wraps(f, updated=())
     def transformed(*args: Any, **kwargs: Any) -> Any:
-        bound = bind("value_grad_and_hessian", f, args, kwargs, argnums)
-        replay = Replay(randomness, bound.x, bound.verb)
-        (value, aux), gradient = flat_value_and_grad(bound.scalar(has_aux), bound.x, verb=bound.verb)
+        plan: Plan = second.planned(*args, **kwargs)  # type: ignore[attr-defined]
+        problem = plan.problem
+        _require_scalar_value(problem)
+        replay = problem.replay()
+        (value, aux), gradient = flat_value_and_grad(problem.scalar, problem.bound.x, verb=problem.verb)
         replay.rewind()
-        H = second(*args, **kwargs)
-        g = bound.space.unpack(plain(gradient))
-        return ((value, aux), g, H[0]) if has_aux else (value, g, H)
+        g, H = problem.space.unpack(plain(gradient)), _dense(plan, symmetric, out)
+        return ((value, aux), g, H) if has_aux else (value, g, H)
 
     return _explainable(transformed, second.planned)  # type: ignore[attr-defined]
 
@@ -555,15 +269,14 @@ def hessian_rows(
         ...     print(rows, H.tolist())
         range(1, 3) [[0.0, 12.0, 0.0], [0.0, 0.0, 18.0]]
     """
-    options = Options(mode, chunk_size, memory_limit, randomness, strict, progress)
+    options = Options(has_aux, mode, chunk_size, memory_limit, randomness, strict, progress)
 
     def planned(*args: Any, **kwargs: Any) -> Plan:
-        bound, seen = _look("hessian_rows", f, args, kwargs, argnums, has_aux, options)
-        _require_scalar_value("hessian_rows", seen.value)
-        every = tuple(bound.space.leaves)
-        chosen = range(bound.space.dim) if rows is None else _checked(rows, bound.space.dim)
-        wanted = [(piece, every) for piece in bound.space.pieces(chosen)]
-        return _plan(bound, seen, wanted, 0, options, has_aux, f)
+        problem = look("hessian_rows", f, args, kwargs, argnums, options)
+        _require_scalar_value(problem)
+        every = tuple(problem.space.leaves)
+        chosen = range(problem.space.dim) if rows is None else _checked(rows, problem.space.dim)
+        return plan_rows(problem, [(piece, every) for piece in problem.space.pieces(chosen)], output=0)
 
     @functools.wraps(f, updated=())
     def transformed(*args: Any, **kwargs: Any) -> Iterator[tuple[Sequence[int], Tensor]]:
@@ -573,8 +286,8 @@ def hessian_rows(
 
 
 def _stream(plan: Plan) -> Iterator[tuple[Sequence[int], Tensor]]:
-    space = plan.bound.space
-    for chunk in _evaluate(plan):
+    space = plan.problem.space
+    for chunk in evaluate(plan):
         stacked = [flat(values).to(space.device, space.dtype) for values in chunk.values]
         yield _numbers(space, chunk.pieces), plain([torch.cat(stacked, 1)])[0]
 
@@ -613,32 +326,33 @@ def hessian_diagonal(
 
     Example:
         >>> import torch
-        >>> hessian_diagonal(lambda x: (x["a"] ** 3).sum() + x["b"] * x["a"][0])({"a": torch.tensor([1.0, 2.0]), "b": torch.ones(())})
+        >>> x = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor(1.0)}
+        >>> hessian_diagonal(lambda x: (x["a"] ** 3).sum() + x["b"] * x["a"][0])(x)
         {'a': tensor([ 6., 12.]), 'b': tensor(0.)}
     """
-    options = Options(mode, chunk_size, memory_limit, randomness, strict, progress)
+    options = Options(has_aux, mode, chunk_size, memory_limit, randomness, strict, progress)
 
     def planned(*args: Any, **kwargs: Any) -> Plan:
-        bound, seen = _look("hessian_diagonal", f, args, kwargs, argnums, has_aux, options)
-        _require_scalar_value("hessian_diagonal", seen.value)
-        wanted = [(Piece(leaf, range(bound.space.sizes[leaf])), (leaf,)) for leaf in seen.order]
-        return _plan(bound, seen, wanted, sum(t.numel() * t.element_size() for t in bound.x), options, has_aux, f)
+        problem = look("hessian_diagonal", f, args, kwargs, argnums, options)
+        _require_scalar_value(problem)
+        wanted = [(_whole(problem.space, leaf), (leaf,)) for leaf in problem.seen.order]
+        return plan_rows(problem, wanted, output=sum(t.numel() * t.element_size() for t in problem.bound.x))
 
     @functools.wraps(f, updated=())
     def transformed(*args: Any, **kwargs: Any) -> Any:
         plan = planned(*args, **kwargs)
-        space = plan.bound.space
+        space = plan.problem.space
         parts: dict[int, list[Tensor]] = {leaf: [] for leaf in space.leaves}
-        for chunk in _evaluate(plan):
+        for chunk in evaluate(plan):
             row = 0
             for piece in chunk.pieces:
                 values = chunk.values[chunk.columns.index(piece.leaf)][row : row + len(piece)]
                 parts[piece.leaf].append(flat(values)[:, piece.indices[0] : piece.indices[-1] + 1].diagonal())
                 row += len(piece)
-        empty = [[torch.zeros(0, dtype=t.dtype, device=t.device)] for t in plan.bound.x]
+        empty = [[torch.zeros(0, dtype=t.dtype, device=t.device)] for t in plan.problem.bound.x]
         joined = [torch.cat(parts[leaf] or empty[leaf]).reshape(space.shapes[leaf]) for leaf in space.leaves]
         diagonal = space.unpack(plain(joined))
-        return (diagonal, plan.seen.aux) if has_aux else diagonal
+        return (diagonal, plan.problem.seen.aux) if has_aux else diagonal
 
     return _explainable(transformed, planned)
 
@@ -658,9 +372,9 @@ def hessian_blocks(
 ) -> Callable[..., Any]:
     """Chosen blocks of the Hessian.
 
-    Without ``pairs``: the block diagonal by leaf, a tree like x whose entry p has shape ``x[p].shape + x[p].shape``. With ``pairs``
-    of globs, matched against ``Space.of(x).paths``: a dict ``{(path_p, path_q): block}``. Only the blocks asked for are computed, in
-    the cheaper orientation. Options are those of :func:`hessian`.
+    Without ``pairs``: the block diagonal by leaf, a tree like x whose entry p has shape ``x[p].shape + x[p].shape``. With
+    ``pairs`` of globs, matched against ``Space.of(x).paths``: a dict ``{(path_p, path_q): block}``. Only the blocks asked for are
+    computed, in the cheaper orientation. Options are those of :func:`hessian`.
 
     Raises:
         ValueError: a glob matches no leaf.
@@ -672,35 +386,34 @@ def hessian_blocks(
         >>> hessian_blocks(f)(x)["b"], hessian_blocks(f, pairs=[("a", "b")])(x)
         (tensor(6.), {('a', 'b'): tensor([6., 6.])})
     """
-    options = Options(mode, chunk_size, memory_limit, randomness, strict, progress)
+    options = Options(has_aux, mode, chunk_size, memory_limit, randomness, strict, progress)
 
     def planned(*args: Any, **kwargs: Any) -> Plan:
-        bound, seen = _look("hessian_blocks", f, args, kwargs, argnums, has_aux, options)
-        _require_scalar_value("hessian_blocks", seen.value)
-        space = bound.space
+        problem = look("hessian_blocks", f, args, kwargs, argnums, options)
+        _require_scalar_value(problem)
+        space = problem.space
         chosen = [(leaf, leaf) for leaf in space.leaves] if pairs is None else _matching(space, pairs)
         against: dict[int, set[int]] = {}
         for p, q in chosen:
             row, column = (p, q) if space.sizes[p] <= space.sizes[q] else (q, p)
             against.setdefault(row, set()).add(column)
-        wanted = [(Piece(leaf, range(space.sizes[leaf])), tuple(sorted(against[leaf]))) for leaf in seen.order if leaf in against]
-        output = sum(_bytes_of(space, p, q) for p, q in chosen)
-        return _plan(bound, seen, wanted, output, options, has_aux, f)
+        wanted = [(_whole(space, leaf), tuple(sorted(against[leaf]))) for leaf in problem.seen.order if leaf in against]
+        return plan_rows(problem, wanted, output=sum(_bytes_of(space, p, q) for p, q in chosen))
 
     @functools.wraps(f, updated=())
     def transformed(*args: Any, **kwargs: Any) -> Any:
         plan = planned(*args, **kwargs)
-        space = plan.bound.space
-        blocks = _Blocks(space, None, True, _may_write(plan.bound.x))
+        space = plan.problem.space
+        blocks = _Blocks(space, None, True, _may_write(plan.problem.bound.x))
         chosen = {(leaf, leaf) for leaf in space.leaves} if pairs is None else set(_matching(space, pairs))
-        for chunk in _evaluate(plan):
+        for chunk in evaluate(plan):
             blocks.add(chunk)
         result: Any
         if pairs is None:
             result = space.unpack([blocks.block(leaf, leaf) for leaf in space.leaves])
         else:
             result = {(space.paths[p], space.paths[q]): blocks.block(p, q) for p, q in sorted(chosen)}
-        return (result, plan.seen.aux) if has_aux else result
+        return (result, plan.problem.seen.aux) if has_aux else result
 
     return _explainable(transformed, planned)
 
@@ -723,10 +436,17 @@ def _is_scalar(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() == 0
 
 
-def _require_scalar_value(verb: str, value: Any) -> None:
+def _require_scalar_value(problem: Problem) -> None:
+    value = problem.seen.value
     if not _is_scalar(value):
         got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{verb}: f must return a scalar tensor (shape ()), got {got}. hessian takes vector-valued functions.")
+        raise TypeError(
+            f"{problem.verb}: f must return a scalar tensor (shape ()), got {got}. hessian takes vector-valued f too."
+        )
+
+
+def _whole(space: Space, leaf: int) -> Piece:
+    return Piece(leaf, range(space.sizes[leaf]))
 
 
 def _may_write(x: Tensors) -> bool:
@@ -737,67 +457,54 @@ def _bytes_of(space: Space, p: int, q: int) -> int:
     return space.sizes[p] * space.sizes[q] * torch.promote_types(space.dtypes[p], space.dtypes[q]).itemsize
 
 
-def _dense_plan(
-    f: Callable[..., Any], bound: Bound, seen: Survey, options: Options, has_aux: bool, symmetric: bool, out: Tensor | None
-) -> Plan:
-    space = bound.space
-    order = seen.order
+def _dense_plan(problem: Problem, symmetric: bool, out: Tensor | None) -> Plan:
+    space, order = problem.space, problem.seen.order
     output = sum(_bytes_of(space, p, q) for p in space.leaves for q in space.leaves)
-    if not _is_scalar(seen.value):
-        outputs = Space.of(seen.value, "f(x)")
-        rows = [(Piece(leaf, range(space.sizes[leaf])), tuple(space.leaves)) for leaf in space.leaves]
-        return _plan(bound, seen, rows, output * outputs.dim, options, has_aux, f, copies=max(1, outputs.dim))
-    wanted = [
-        (Piece(leaf, range(space.sizes[leaf])), tuple(order[i:]) if symmetric else tuple(order)) for i, leaf in enumerate(order)
-    ]
-    return _plan(bound, seen, wanted, 0 if out is not None else output, options, has_aux, f)
+    if not _is_scalar(problem.seen.value):
+        outputs = Space.of(problem.seen.value, "f(x)").dim
+        wanted = [(_whole(space, leaf), tuple(space.leaves)) for leaf in space.leaves]
+        return plan_rows(problem, wanted, output=output * outputs, copies=max(1, outputs))
+    wanted = [(_whole(space, leaf), tuple(order[i if symmetric else 0 :])) for i, leaf in enumerate(order)]
+    return plan_rows(problem, wanted, output=0 if out is not None else output)
 
 
 def _dense(plan: Plan, symmetric: bool, out: Tensor | None) -> Tree:
-    space = plan.bound.space
-    blocks = _Blocks(space, out, symmetric, _may_write(plan.bound.x))
-    for chunk in _evaluate(plan):
+    space = plan.problem.space
+    blocks = _Blocks(space, out, symmetric, _may_write(plan.problem.bound.x))
+    for chunk in evaluate(plan):
         blocks.add(chunk)
     return space.unpack([space.unpack([blocks.block(p, q) for q in space.leaves]) for p in space.leaves])
 
 
-def _vector_hessian(plan: Plan, has_aux: bool, out: Tensor | None) -> Tree:
-    """H of each output, as an outermost ``vmap`` over u of the Hessian of <u, f>, over unit vectors u."""
-    bound, space = plan.bound, plan.bound.space
-    if out is not None:
-        raise ValueError("hessian: out= holds one (n, n) matrix, so f must return a scalar.")
-    outputs = Space.of(plan.seen.value, "f(x)")
+def _dense_of_each_output(plan: Plan) -> Tree:
+    """H of every output of f, as an outermost ``vmap`` over unit vectors u of the rows of the Hessian of <u, f>."""
+    problem, space = plan.problem, plan.problem.space
+    outputs = Space.of(problem.seen.value, "f(x)")
     units = outputs.one_hot(outputs.pieces(range(outputs.dim)))
-    leaves = tuple(space.leaves)
+    leaves, options, replay = tuple(space.leaves), problem.options, problem.replay()
 
-    def contracted(*u: Tensor) -> Callable[..., tuple[Tensor, None]]:
-        def scalar(*x: Tensor) -> tuple[Tensor, None]:
-            values = outputs.pack(bound.split(x, has_aux)[0], "f(x)")
-            return torch.stack([(a * b).sum() for a, b in zip(u, (values[i] for i in units), strict=True)]).sum(), None
+    def rows(mode: str, v: dict[int, Tensor], *u: Tensor) -> Tensors:
+        def contracted(*x: Tensor) -> tuple[Tensor, None]:
+            values = outputs.pack(problem.bound.split(x, options.has_aux)[0], "f(x)")
+            return torch.stack([(a * values[i]).sum() for i, a in zip(units, u, strict=True)]).sum(), None
 
-        return scalar
+        product = product_at(contracted, problem.bound.x, mode, leaves, leaves, verb=problem.verb)
+        return rows_of(product, mode, v, options.randomness)
 
-    chain = (FORWARD_OVER_REVERSE, REVERSE_OVER_REVERSE) if plan.options.mode == "auto" else (plan.options.mode,)
-    replay = Replay(plan.options.randomness, bound.x, bound.verb)
+    def attempt(mode: str) -> Tensors:
+        replay.rewind()
+        return flat_vmap(functools.partial(rows, mode, v), randomness=options.randomness)(*units.values())
+
     parts: list[list[Tensor]] = []
-    with progress_bar(bound.verb, space.dim, plan.options.progress) as advance:
-        for pieces in _chunks_of(space.pieces(range(space.dim)), plan.chunk):
+    chain = (FORWARD_OVER_REVERSE, REVERSE_OVER_REVERSE)
+    mode = "auto" if options.mode == "fastest" else options.mode
+    with progress_bar(problem.verb, space.dim, options.progress) as advance:
+        for pieces in chunks_of(space.pieces(range(space.dim)), plan.chunk):
             v = space.one_hot(pieces)
-
-            def attempt(mode: str, v: dict[int, Tensor] = v) -> Tensors:
-                replay.rewind()
-
-                def rows(*u: Tensor) -> Tensors:
-                    product = product_at(contracted(*u), bound.x, mode, leaves, leaves, verb=bound.verb)
-                    return rows_of(product, mode, v, plan.options.randomness)
-
-                return flat_vmap(rows, randomness=plan.options.randomness)(*units.values())
-
-            mode = "auto" if plan.options.mode in ("auto", "fastest") else plan.options.mode
-            values = first_mode_that_works(bound.verb, plan.f, bound.x, mode, chain, attempt)
+            values = first_mode_that_works(problem.verb, problem.f, problem.bound.x, mode, chain, attempt)
             parts.append([flat(t, 2) for t in values])  # (m, k, size of leaf) each
             advance(sum(map(len, pieces)))
-    replay.finish(bound.call, bound.x)
+    replay.finish(problem.bound.call, problem.bound.x)
     whole = [torch.cat(column, 1) for column in zip(*parts, strict=True)]  # (m, n, size of leaf) each
     return outputs.unpack([_vector_blocks(space, outputs, o, whole) for o in outputs.leaves])
 
@@ -868,15 +575,18 @@ def explain(transformed: Callable[..., Any], *args: Any, **kwargs: Any) -> Expla
     planned = getattr(transformed, "planned", None)
     if planned is None:
         raise TypeError(
-            f"explain: takes what hessian, hessian_rows, hessian_blocks or hessian_diagonal return, got {type(transformed).__name__}."
+            "explain: takes what hessian, hessian_rows, hessian_blocks or hessian_diagonal return, got "
+            f"{type(transformed).__name__}."
         )
     plan: Plan = planned(*args, **kwargs)
-    mode, repairs = _try_one_row(plan)
+    problem = plan.problem
+    scalar = _is_scalar(problem.seen.value)
+    mode, repairs = try_one_row(plan) if scalar and plan.groups else (problem.options.mode, ())
     return Explanation(
-        verb=plan.bound.verb,
-        dim=plan.bound.space.dim,
+        verb=problem.verb,
+        dim=problem.space.dim,
         rows=plan.rows,
-        route="dense rows" if _is_scalar(plan.seen.value) else "dense rows of each output",
+        route="dense rows" if scalar else "dense rows of each output",
         mode=mode,
         repairs=repairs,
         chunk_size=plan.chunk,
@@ -886,15 +596,3 @@ def explain(transformed: Callable[..., Any], *args: Any, **kwargs: Any) -> Expla
         working_bytes=plan.estimate.working(plan.chunk),
         estimate=plan.estimate.source,
     )
-
-
-def _try_one_row(plan: Plan) -> tuple[str, tuple[str, ...]]:
-    if not _is_scalar(plan.seen.value) or not plan.groups:
-        return plan.options.mode, ()
-    group = plan.groups[0]
-    one = Piece(group.pieces[0].leaf, group.pieces[0].indices[:1])
-    with repaired(fresh=True) as used:
-        choose = _Chooser(plan, Replay(plan.options.randomness, plan.bound.x, plan.bound.verb))
-        choose.enter(group)
-        mode, _ = choose.rows(plan.bound.space.one_hot([one]))
-    return mode, tuple(sorted(used))

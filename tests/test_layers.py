@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("transforms",),
     ("guards", "chunking", "prepare", "modules"),
     ("products",),
-    ("risk", "taylor", "sparsity"),
+    ("risk", "taylor", "sparsity", "rows"),
     ("lifting",),
     ("second_order", "sparse"),
     ("operators",),

@@ -655,6 +655,9 @@ def test_recurrent_layers_have_torchs_values_in_every_layout(kind: str, dtype: t
         if dtype is torch.float64 or "dropout" not in options:
             assert_same_call(net, x)
             assert_same_call(lambda net, rows: (net(rows)[0].data, net(rows)[1]), net, rows)
+            start = [torch.cos(state) for state in leaves(net(x.transpose(0, 1) if net.batch_first else x)[1])]
+            start = tuple(start) if kind == "LSTM" else start[0]
+            assert_same_call(lambda net, rows, start: (net(rows, start)[0].data, net(rows, start)[1]), net, rows, start)
         assert_same_call(net.eval(), x[:, 0])
         assert_same_call(net, x[..., :1])
 
@@ -750,8 +753,10 @@ def test_masked_attention_and_empty_bags_have_finite_derivatives() -> None:
     q = tensors((1, 1, 4, 2))[0]
     q = torch.cat([q[:, :, :2], q[:, :, :2]], 2)
 
+    mask = torch.zeros(2, 3, dtype=q.dtype).masked_fill(~BOOL_MASK, -torch.inf)
+
     def g(q: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q[:, :, :2], q[:, :, :3], q[:, :, :3], BOOL_MASK).sin().sum()
+        return F.scaled_dot_product_attention(q[:, :, :2], q[:, :, :3], q[:, :, :3], mask).sin().sum()
 
     for function in (g, lambda q: F.embedding_bag(BAG, q[0, 0], OFFSETS, mode="max").sin().sum()):
         assert jvp(grad(repaired(function)), (q,), (q.flip(2),))[1].isfinite().all()

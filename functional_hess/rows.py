@@ -1,0 +1,333 @@
+"""Rows of a Hessian: which, against which columns, how many at once, in which mode.
+
+A row of H is a Hessian-vector product with a unit vector. This floor turns wanted rows into chunks of rows: it looks at f once
+(:class:`Problem`), groups the leaves that share one kept graph and chooses the chunk that fits the memory (:class:`Plan`), and
+evaluates the plan chunk by chunk, each a ``vmap`` of products (:func:`evaluate`). What becomes of the rows (blocks, a diagonal,
+a stream) is for the floor above.
+
+Unit vectors live on the leaves they touch; no n x n identity is ever made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functional_hess.chunking import Estimate, Survey, chunk_for, closed_bound, measured, progress_bar, survey
+from functional_hess.guards import MissingDerivativeError, Replay
+from functional_hess.products import (
+    FINITE_DIFFERENCE,
+    FORWARD_OVER_REVERSE,
+    MANY_PRODUCTS,
+    REVERSE_OVER_REVERSE,
+    first_mode_that_works,
+    product_at,
+    rows_of,
+)
+from functional_hess.transforms import Bound, bind, flat_value_and_grad, is_outermost, repaired
+from functional_hess.tree import Piece, Space, tensors_of
+
+__all__ = ["Chunk", "Group", "Options", "Plan", "Problem", "chunks_of", "evaluate", "look", "plan_rows", "try_one_row"]
+
+Tensors = tuple[Tensor, ...]
+Scalar = Callable[..., tuple[Tensor, Any]]
+Wanted = Sequence[tuple[Piece, tuple[int, ...]]]
+_estimates: weakref.WeakKeyDictionary[Any, dict[Any, Estimate]] = weakref.WeakKeyDictionary()
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the calls of the dense family share; each is documented in ``hessian``."""
+
+    has_aux: bool = False
+    mode: str = "auto"
+    chunk_size: int | str | None = "auto"
+    memory_limit: int | float | str | None = None
+    randomness: str = "error"
+    strict: bool = False
+    progress: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A function at a point, evaluated once: ``scalar(*tensors)`` is ``(value, aux)``, ``seen`` what the evaluation showed."""
+
+    f: Callable[..., Any]
+    bound: Bound
+    scalar: Scalar
+    seen: Survey
+    options: Options
+
+    @property
+    def space(self) -> Space:
+        return self.bound.space
+
+    @property
+    def verb(self) -> str:
+        return self.bound.verb
+
+    def replay(self) -> Replay:
+        return Replay(self.options.randomness, self.bound.x, self.verb)
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Leaves whose rows are computed from one kept graph, and the leaves they are differentiated with respect to."""
+
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.pieces))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Rows of H: ``values[j]`` has shape (k, *shape of leaf columns[j]); row i belongs to the i-th coordinate of ``pieces``.
+
+    ``by_columns`` tells that the values are columns of the derivative of the gradient (forward mode), not rows of it; the two
+    differ only where H is not symmetric.
+    """
+
+    pieces: tuple[Piece, ...]
+    columns: tuple[int, ...]
+    values: Tensors
+    by_columns: bool
+
+    def __len__(self) -> int:
+        return sum(map(len, self.pieces))
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a call is going to do: which rows against which columns, how many at once, in how much memory (bytes)."""
+
+    problem: Problem
+    groups: tuple[Group, ...]
+    chunk: int
+    estimate: Estimate
+    output: int
+
+    @property
+    def rows(self) -> int:
+        return sum(map(len, self.groups))
+
+    @property
+    def chunks(self) -> int:
+        return sum(-(-len(group) // self.chunk) for group in self.groups)
+
+
+# ---------------------------------------------------------------------------------------------------- the plan
+
+
+def look(
+    verb: str, f: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], argnums: Any, options: Options
+) -> Problem:
+    """Evaluate f once, watched: its value, which leaf it uses first, how much its graph will weigh."""
+    bound = bind(verb, f, args, kwargs, argnums)
+    scalar = bound.scalar(options.has_aux)
+    replay = Replay(options.randomness, bound.x, verb)
+    seen = survey(lambda *x: bound.split(x, options.has_aux), bound.x)
+    replay.rewind()
+    if options.strict:
+        flat_value_and_grad(scalar, bound.x, verb=verb, strict=bound.space)
+        replay.rewind()
+    return Problem(f, bound, scalar, seen, options)
+
+
+def plan_rows(problem: Problem, wanted: Wanted, output: int, *, copies: int = 1) -> Plan:
+    """Group the wanted rows, in order, and choose the chunk.
+
+    Args:
+        problem: what :func:`look` saw.
+        wanted: coordinates of one leaf each, with the leaves they are to be differentiated against.
+        output: bytes that the call allocates for its result.
+        copies: how many functions share a row (the outputs of a vector-valued f).
+
+    Raises:
+        MemoryLimitError: see :func:`functional_hess.chunking.chunk_for`.
+    """
+    options, seen, x = problem.options, problem.seen, problem.bound.x
+    total = sum(len(piece) for piece, _ in wanted)
+    if not is_outermost():
+        chunk = options.chunk_size if isinstance(options.chunk_size, int) else max(total, 1)
+        return Plan(problem, _grouped(wanted, chunk), chunk, Estimate(0, 0, "left to the outermost call"), output)
+    bound = closed_bound(sum(t.numel() * t.element_size() for t in x), seen.saved)
+    bound = dataclasses.replace(bound, per_row=bound.per_row * copies)
+    whole = _grouped(wanted, total)
+    chunk, estimate = chunk_for(
+        problem.verb,
+        rows=max(map(len, whole), default=0),
+        output=output,
+        mean_result=copies * seen.saved / seen.calls,
+        bound=bound,
+        refine=functools.partial(_refined, problem, whole, bound) if copies == 1 and whole else None,
+        device=problem.space.device,
+        memory_limit=options.memory_limit,
+        chunk_size=options.chunk_size,
+    )
+    return Plan(problem, _grouped(wanted, chunk), chunk, estimate, output)
+
+
+def _grouped(wanted: Wanted, chunk: int) -> tuple[Group, ...]:
+    """Neighbours share a group while what joins is smaller than a chunk, up to four chunks: few calls for many small leaves."""
+    groups: list[list[tuple[Piece, tuple[int, ...]]]] = []
+    for piece, columns in wanted:
+        if groups and len(piece) < chunk and sum(len(p) for p, _ in groups[-1][1:]) + len(piece) <= 4 * chunk:
+            groups[-1].append((piece, columns))
+        elif len(piece):
+            groups.append([(piece, columns)])
+    return tuple(
+        Group(
+            rows=tuple(dict.fromkeys(piece.leaf for piece, _ in group)),
+            columns=tuple(sorted({leaf for _, columns in group for leaf in columns})),
+            pieces=tuple(piece for piece, _ in group if len(piece)),
+        )
+        for group in groups
+    )
+
+
+def _refined(problem: Problem, groups: Sequence[Group], bound: Estimate) -> Estimate:
+    """A fake run of the group that needs most; the closed bound where that cannot be done.
+
+    Only reverse-over-reverse runs on fake tensors: forward mode under a dispatch mode can end the process in torch.
+    """
+    if problem.options.mode not in ("auto", REVERSE_OVER_REVERSE, "fastest"):
+        return bound
+    sizes = problem.space.sizes
+    group = max(groups, key=lambda g: sum(sizes[leaf] for leaf in g.columns))
+    leaf = group.pieces[0].leaf
+
+    def run(x: Sequence[Tensor], k: int) -> Tensors:
+        one_hot = problem.space.one_hot([Piece(leaf, range(min(k, sizes[leaf])))])
+        product = product_at(problem.scalar, tuple(x), REVERSE_OVER_REVERSE, group.rows, group.columns, verb=problem.verb)
+        return rows_of(product, REVERSE_OVER_REVERSE, one_hot)
+
+    known, key = _estimates_of(problem.f), (group.rows, group.columns, problem.seen.saved, _shapes(problem))
+    if key not in known:
+        try:
+            known[key] = measured(run, problem.bound.x)
+        except Exception:  # f branches on a value, or leaves torch; the bound is all there is
+            known[key] = bound
+    return known[key]
+
+
+def _shapes(problem: Problem) -> tuple[Any, ...]:
+    return tuple((t.shape, t.dtype, t.device) for t in tensors_of((problem.bound.x, problem.space.carried))[0])
+
+
+def _estimates_of(f: Callable[..., Any]) -> dict[Any, Estimate]:
+    try:
+        return _estimates.setdefault(f, {})
+    except TypeError:  # a callable without weak references
+        return {}
+
+
+# ---------------------------------------------------------------------------------------------------- the rows
+
+
+def chunks_of(pieces: Sequence[Piece], k: int) -> Iterator[tuple[Piece, ...]]:
+    """Pieces cut and joined to k coordinates at a time."""
+    chunk: list[Piece] = []
+    room = k
+    for piece in pieces:
+        start = 0
+        while start < len(piece):
+            part = piece.indices[start : start + room]
+            chunk.append(Piece(piece.leaf, part))
+            start, room = start + len(part), room - len(part)
+            if room == 0:
+                yield tuple(chunk)
+                chunk, room = [], k
+    if chunk:
+        yield tuple(chunk)
+
+
+def evaluate(plan: Plan) -> Iterator[Chunk]:
+    """All rows of a plan, chunk by chunk."""
+    problem = plan.problem
+    runner = _Runner(problem)
+    with progress_bar(problem.verb, plan.rows, problem.options.progress) as advance:
+        for group in plan.groups:
+            runner.enter(group)
+            for pieces in chunks_of(group.pieces, plan.chunk):
+                mode, values = runner.rows(problem.space.one_hot(pieces))
+                yield Chunk(pieces, group.columns, values, mode in (FORWARD_OVER_REVERSE, FINITE_DIFFERENCE))
+                advance(sum(map(len, pieces)))
+    runner.replay.finish(problem.bound.call, problem.bound.x)
+
+
+def try_one_row(plan: Plan) -> tuple[str, tuple[str, ...]]:
+    """The mode in which the first row of a plan could be computed, and the ops that were repaired on the way."""
+    group = plan.groups[0]
+    first = Piece(group.pieces[0].leaf, group.pieces[0].indices[:1])
+    with repaired(fresh=True) as used:
+        runner = _Runner(plan.problem)
+        runner.enter(group)
+        mode, _ = runner.rows(plan.problem.space.one_hot([first]))
+    return mode, tuple(sorted(used))
+
+
+class _Runner:
+    """Runs chunks in the mode that works, or with ``"fastest"`` in the one that won on the first two chunks."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem, self.replay = problem, problem.replay()
+        self.chain: tuple[str, ...] = MANY_PRODUCTS
+        self.seconds: dict[str, float] = {}
+        self.products: dict[str, Any] = {}
+        self.group: Group
+
+    def enter(self, group: Group) -> None:
+        """The next rows are of ``group``: graphs kept for the last one go."""
+        self.group = group
+        self.products.clear()
+
+    def rows(self, v: dict[int, Tensor]) -> tuple[str, Tensors]:
+        """The mode used, and H v for the stacked vectors v."""
+        mode = self.problem.options.mode
+        if mode == "fastest":
+            return self._race(v) if len(self.seconds) < 2 else self._run(v, min(self.seconds, key=self.seconds.__getitem__))
+        used, values = self._run(v, mode)
+        if mode == "auto" and used != self.chain[0]:
+            self.chain = (used, *(m for m in MANY_PRODUCTS if m != used))
+        return used, values
+
+    def _run(self, v: dict[int, Tensor], mode: str) -> tuple[str, Tensors]:
+        problem, group = self.problem, self.group
+
+        def attempt(candidate: str) -> tuple[str, Tensors]:
+            if candidate not in self.products:
+                self.replay.rewind()
+                x = problem.bound.x
+                self.products[candidate] = product_at(problem.scalar, x, candidate, group.rows, group.columns, verb=problem.verb)
+            self.replay.rewind()
+            return candidate, rows_of(self.products[candidate], candidate, v, problem.options.randomness)
+
+        return first_mode_that_works(problem.verb, problem.f, problem.bound.x, mode, self.chain, attempt)
+
+    def _race(self, v: dict[int, Tensor]) -> tuple[str, Tensors]:
+        """One chunk each, and every one a chunk of the answer; a mode without a rule loses."""
+        candidate = MANY_PRODUCTS[len(self.seconds)]
+        start = time.perf_counter()
+        try:
+            used, values = self._run(v, candidate)
+        except MissingDerivativeError:
+            self.seconds[candidate] = float("inf")
+            return self._run(v, "auto")
+        _synchronize(values)
+        self.seconds[candidate] = (time.perf_counter() - start) / len(next(iter(v.values())))
+        return used, values
+
+
+def _synchronize(values: Tensors) -> None:
+    for device in {t.device for t in values if t.device.type == "cuda"}:
+        torch.cuda.synchronize(device)
