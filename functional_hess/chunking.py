@@ -69,7 +69,8 @@ class MemoryLimitError(MemoryError):
 class Survey:
     """One plain evaluation of f, watched.
 
-    ``order`` lists the leaves as f first uses them; ``saved`` is S, the bytes of its intermediate results, ``calls`` their number.
+    ``order`` lists the leaves as f first uses them; ``saved`` is S, the bytes of its intermediate results,
+    and ``calls`` their number.
     """
 
     value: Any
@@ -299,9 +300,11 @@ def chunk_for(
     """
     if chunk_size is not None and chunk_size != "auto" and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"{verb}: chunk_size must be 'auto', a positive int or None, got {chunk_size!r}.")
-    total = _total(device, memory_limit)
     wish = rows if chunk_size is None else _wish(rows, mean_result, device) if chunk_size == "auto" else min(chunk_size, rows)
     wish = max(1, wish)
+    if memory_limit is None and output + bound.working(wish) <= WORKING_SET:
+        return wish, bound  # too little to ask the system about
+    total = _total(device, memory_limit)
     room = total - output
     target = min(room, max(WORKING_SET, output / 10))
     estimate = bound
@@ -330,9 +333,9 @@ def _refusal(verb: str, rows: int, output: int, working: float, k: int, total: f
     limit = "memory_limit" if memory_limit is not None else f"{SHARE_OF_AVAILABLE:.0%} of the memory available"
     return (
         f"{verb}: {rows} rows need {(output + working) / MIB:,.0f} MB ({output / MIB:,.0f} MB of result and "
-        f"{working / MIB:,.0f} MB to work with, {k} row{'s' if k > 1 else ''} at a time), but {limit} is {total / MIB:,.0f} MB. Stream them with "
-        "hessian_rows (rows= takes any part), write into a memory-mapped out=, take hessian_diagonal or hessian_blocks, or use "
-        "products with hvp, which need no matrix."
+        f"{working / MIB:,.0f} MB to work with, {k} row{'s' if k > 1 else ''} at a time), but {limit} is {total / MIB:,.0f} MB. "
+        "Stream them with hessian_rows (rows= takes any part), write into a memory-mapped out=, take hessian_diagonal or "
+        "hessian_blocks, or use products with hvp, which need no matrix."
     )
 
 

@@ -33,7 +33,7 @@ from torch._C import _functorch
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from functional_hess.repairs import REPAIRS
+from functional_hess.repairs import FIRST_ORDER_REPAIRS, REPAIRS
 from functional_hess.tree import Space, broadcast_prefix, flat, paths, tensors_of
 
 __all__ = [
@@ -105,16 +105,17 @@ class _Repairs(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         composition = REPAIRS.get(func)
-        if composition is None or not self._nested(args, kwargs):
+        if composition is None or not self._needed(func, args, kwargs):
             return func(*args, **kwargs)
         self.used.add(getattr(func, "__name__", str(func)))
         return composition(*args, **kwargs)
 
-    def _nested(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-        if self.always:
+    def _needed(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+        """Levels nest; or one level is forward mode, which lacks first derivatives of such ops too."""
+        levels = [level.key() for level in _functorch.get_interpreter_stack() or () if level.key() in _DIFFERENTIATES]
+        if self.always or len(levels) >= 2 or _functorch.TransformType.Jvp in levels:
             return True
-        depth = _depth()
-        return depth >= 2 or (depth == 1 and _requires_grad_outside((*args, *kwargs.values())))
+        return bool(levels) and (func in FIRST_ORDER_REPAIRS or _requires_grad_outside((*args, *kwargs.values())))
 
 
 @contextlib.contextmanager
@@ -564,8 +565,13 @@ def jvp(
     return (out, out_tangent, seen[-1].aux_value(kept)) if has_aux else (out, out_tangent)
 
 
+def _moves(outputs: Tensors) -> list[bool]:
+    """Which outputs have a tangent at the current forward level."""
+    return [forward_ad.unpack_dual(t).tangent is not None for t in outputs]
+
+
 def _require_tangents(space: Space, outputs: Tensors, call: Callable[..., Any], tensors: Sequence[Tensor], strict: bool) -> None:
-    moves = [forward_ad.unpack_dual(t).tangent is not None for t in outputs]
+    moves = _moves(outputs)
     if strict and not all(moves):
         raise DependenceError(f"jvp: {space.name_of(moves.index(False), 'f(x)')} does not depend on x (strict=True).")
     if not any(moves) and not _differentiates_inside(call, tensors):
@@ -696,23 +702,22 @@ def vmap(
 def _in_dims(in_dims: Any, args: tuple[Any, ...], tensors: Tensors) -> tuple[int | None, ...]:
     if isinstance(in_dims, list):
         in_dims = tuple(in_dims)
-    spread = broadcast_prefix(in_dims, args, "in_dims") if not isinstance(in_dims, int) else [in_dims] * len(paths(args))
-    names = [f"args.{path}" for path in paths(args)]
     leaves = broadcast_prefix(args, args, "args")
+    spread = broadcast_prefix(in_dims, args, "in_dims") if not isinstance(in_dims, int) else [in_dims] * len(leaves)
     dims, sizes = [], {}
-    for name, leaf, dim in zip(names, leaves, spread, strict=True):
+    for i, (leaf, dim) in enumerate(zip(leaves, spread, strict=True)):
         if not isinstance(leaf, Tensor):
             continue
         dims.append(dim)
         if dim is None:
             continue
         if not -leaf.dim() <= dim < leaf.dim():
-            raise ValueError(f"vmap: in_dims={dim} is out of range for {name} of shape {tuple(leaf.shape)}.")
-        sizes[name] = leaf.shape[dim]
+            raise ValueError(f"vmap: in_dims={dim} is out of range for args.{paths(args)[i]} of shape {tuple(leaf.shape)}.")
+        sizes[i] = leaf.shape[dim]
     if not sizes:
         raise ValueError("vmap: in_dims must map at least one tensor; all are None, or no argument holds a tensor.")
     if len(set(sizes.values())) > 1:
-        told = ", ".join(f"{name} has {size}" for name, size in sizes.items())
+        told = ", ".join(f"args.{paths(args)[i]} has {size}" for i, size in sizes.items())
         raise ValueError(f"vmap: the mapped dimensions must have one size: {told}.")
     return tuple(dims)
 
@@ -759,16 +764,14 @@ def jacfwd(
     def transformed(*args: Any, **kwargs: Any) -> Any:
         bound = bind("jacfwd", f, args, kwargs, argnums)
         seen: list[tuple[_Output, Tensors]] = []
-
-        def of_tensors(*tensors: Tensor) -> tuple[Tensors, Tensors]:
-            output, outputs = _Output.of("jacfwd", bound.call(*tensors), has_aux)
-            _require_tangents(output.space, outputs, bound.call, tensors, strict=False)
-            seen.append((output, ()))
-            return outputs, output.kept
+        moved: list[bool] = []  # a leaf that f does not use has columns of zeros, and that is right while another is used
 
         def columns(touched: tuple[int, ...], *v: Tensor) -> Tensors:
             def of_touched(*tensors: Tensor) -> tuple[Tensors, Tensors]:
-                return of_tensors(*_replaced(bound.x, touched, tensors))
+                output, outputs = _Output.of("jacfwd", bound.call(*_replaced(bound.x, touched, tensors)), has_aux)
+                moved.extend(_moves(outputs))
+                seen.append((output, ()))
+                return outputs, output.kept
 
             _, tangents, kept = flat_jvp(of_touched, tuple(bound.x[leaf] for leaf in touched), v)
             seen[-1] = (seen[-1][0], kept)
@@ -779,6 +782,12 @@ def jacfwd(
             basis = bound.space.one_hot(pieces)
             run = functools.partial(columns, tuple(basis))
             parts.append(flat_vmap(run, randomness=randomness)(*basis.values()))
+        if not parts:  # x has no coordinates
+            output, outputs = _Output.of("jacfwd", bound.call(*bound.x), has_aux)
+            seen.append((output, output.kept))
+            parts.append(tuple(t.new_zeros((0, *t.shape)) for t in outputs))
+        elif not any(moved) and not _differentiates_inside(bound.call, bound.x):
+            raise DependenceError(_independence("jacfwd"))
         output, kept = seen[-1]
         stacked = [torch.cat(column) for column in zip(*parts, strict=True)]  # (n, *out.shape) each
         jacobian = _jacobian(output.space, bound.space, [t.movedim(0, -1) for t in stacked])
@@ -828,6 +837,8 @@ def jacrev(
             basis = output.space.one_hot(pieces)
             run = functools.partial(rows, tuple(basis))
             parts.append(flat_vmap(run, randomness=randomness)(*basis.values()))
+        if not parts:  # f(x) has no coordinates
+            parts.append(tuple(t.new_zeros((0, *t.shape)) for t in bound.x))
         by_leaf = [flat(torch.cat(row)) for row in zip(*parts, strict=True)]  # (m, size of leaf) each
         by_output = zip(*(leaf.split(output.space.sizes) for leaf in by_leaf), strict=True)
         stacked = [torch.cat(o, 1).unflatten(0, s or (1,)) for o, s in zip(by_output, output.space.shapes, strict=True)]

@@ -194,8 +194,8 @@ class Space:
     @functools.cached_property
     def paths(self) -> tuple[str, ...]:
         """Path of each leaf, its steps joined by dots: ``"layers.0.weight"``."""
-        every = self.structure.paths()
-        return tuple(".".join(map(str, every[i])) for i in self.differentiated)
+        every = self.structure.accessors()
+        return tuple(_path(every[i]) for i in self.differentiated)
 
     def name_of(self, leaf: int, name: str = "x") -> str:
         """How a program would write leaf number ``leaf`` of a tree called ``name``: ``x['w'][0]``."""
@@ -463,6 +463,11 @@ def _require_carriable(leaf: Any, structure: optree.PyTreeSpec, i: int, name: st
         )
 
 
+def _path(accessor: optree.PyTreeAccessor) -> str:
+    by_field = (optree.NamedTupleEntry, optree.StructSequenceEntry)
+    return ".".join(str(step.field if isinstance(step, by_field) else step.entry) for step in accessor)
+
+
 def _spelled(structure: optree.PyTreeSpec, i: int, name: str) -> str:
     return structure.accessors()[i].codify(name)
 
@@ -530,8 +535,7 @@ def tree_map(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
 
 def paths(tree: Tree) -> tuple[str, ...]:
     """The path of every leaf, its steps joined by dots; as globs see them in :func:`partition`."""
-    every = optree.tree_paths(tree, none_is_leaf=True, namespace=NAMESPACE)
-    return tuple(".".join(map(str, path)) for path in every)
+    return tuple(map(_path, optree.tree_accessors(tree, none_is_leaf=True, namespace=NAMESPACE)))
 
 
 def add(a: Tree, b: Tree) -> Tree:

@@ -1,0 +1,398 @@
+"""How many rows at once: what is predicted, what there is, what is refused before anything is allocated."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from networks import network, numbers
+from oracles import relative_error
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from functional_hess import MemoryLimitError, Space, chunking, explain, hessian, hessian_blocks, hessian_diagonal, hessian_rows
+from functional_hess.chunking import Estimate, available_bytes, chunk_for, closed_bound, measured, parse_bytes, survey
+
+MIB = 2**20
+CPU = torch.device("cpu")
+
+
+def squares(x: Tensor) -> Tensor:
+    return (x[1:] * x[:-1]).square().sum()
+
+
+@pytest.fixture
+def available(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Sets the memory that there is, in bytes."""
+    return lambda amount: monkeypatch.setattr("functional_hess.chunking.available_bytes", lambda device: amount)
+
+
+# Bytes ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (0, 0),
+        (1024, 1024),
+        (2.5e3, 2500),
+        ("17", 17),
+        ("1B", 1),
+        ("4GiB", 4 * 2**30),
+        ("200MiB", 200 * MIB),
+        ("200 MB", 200 * 10**6),
+        ("1.5 kB", 1500),
+        ("1.5KiB", 1536),
+        ("2k", 2000),
+        ("3g", 3 * 10**9),
+        ("1 TiB", 2**40),
+        (" 5 mib ", 5 * MIB),
+    ],
+)
+def test_bytes_are_a_number_or_a_text(text, expected):
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "lots", "4 GiBs", "GiB", "-1GiB", "1e9", "1,000", "4PB", "1.2.3MB", "."])
+def test_a_text_that_is_no_amount_is_refused(text):
+    with pytest.raises(ValueError, match="memory_limit must be bytes or a text such as '4GiB', got"):
+        parse_bytes(text)
+
+
+def test_a_wrong_amount_is_refused_by_the_call():
+    with pytest.raises(ValueError, match="memory_limit must be bytes"):
+        hessian(squares, memory_limit="much")(numbers(3))
+
+
+# Prediction -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("P", "S", "k"), [(1000, 5000, 1), (8, 0, 3), (0, 16, 100), (123, 456, 7)])
+def test_the_closed_bound_is_its_formula(P, S, k):
+    assert closed_bound(P, S).working(k) == 2 * P * (k + 1) + 4 * S * (k + 1) + k * P
+
+
+def test_a_survey_sees_the_value_the_order_of_use_and_what_is_saved():
+    def f(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, str]:
+        return (torch.exp(b) * a).sum(), "aux"
+
+    a, b, c = (numbers(4, seed=i) for i in range(3))
+    seen = survey(f, (a, b, c))
+    assert seen.aux == "aux" and torch.equal(seen.value, (b.exp() * a).sum())
+    assert seen.order == (1, 0, 2) and seen.saved == 2 * 32 + 8 and seen.calls == 3
+
+
+def test_a_survey_tells_one_tensor_in_two_leaves_apart():
+    a = numbers(2)
+    assert survey(lambda p, q: ((q * 2 + p).sum(), None), (a, a)).order == (1, 0)
+
+
+@pytest.mark.parametrize("k", [2, 8, 32])
+def test_a_fake_run_measures_what_is_alive_at_once(k):
+    x = (numbers(1000),)
+
+    def run(x: Any, k: int) -> Any:
+        batch = x[0].expand(k, 1000) + 1.0  # k vectors
+        return (batch * 2.0).sum()  # and k more beside them
+
+    estimate = measured(run, x)
+    assert estimate.source == "fake run"
+    assert estimate.working(k) == pytest.approx(2 * k * 8000, rel=0.02)
+
+
+def test_a_fake_run_allocates_nothing_and_leaves_its_input(inputs_unchanged):
+    x = numbers(8)
+    inputs_unchanged(x)
+    made = []
+    measured(lambda x, k: made.append(x[0].new_zeros(k, 2**40)) or made[-1].sum(), (x,))  # k times 8 TiB
+    assert len(made) == 2
+
+
+def test_a_fake_run_passes_on_what_f_raises():
+    with pytest.raises(Exception, match=r".+"):
+        measured(lambda x, k: float(x[0].sum()), (numbers(3),))
+
+
+# What there is --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Files as the kernel would show them, in the place of its own."""
+    shown = {"/proc/meminfo": "MemTotal: 16000000 kB\nMemAvailable: 8000000 kB\n"}
+    ordinary = Path.read_text
+
+    def read_text(self: Path, *args: Any, **kwargs: Any) -> str:
+        if str(self).startswith(("/proc/", "/sys/")):
+            if str(self) not in shown:
+                raise FileNotFoundError(str(self))
+            return shown[str(self)]
+        return ordinary(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    if chunking.resource is not None:
+        unlimited = (chunking.resource.RLIM_INFINITY,) * 2
+        monkeypatch.setattr(chunking.resource, "getrlimit", lambda which: unlimited)
+    return shown
+
+
+def test_the_system_says_what_is_available(files):
+    assert available_bytes(CPU) == 8_000_000 * 1024
+
+
+def test_a_limit_of_the_cgroup_is_a_limit(files):
+    files["/proc/self/cgroup"] = "0::/jobs/one\n"
+    files["/sys/fs/cgroup/jobs/one/memory.max"] = f"{300 * MIB}\n"
+    files["/sys/fs/cgroup/jobs/one/memory.current"] = f"{100 * MIB}\n"
+    assert available_bytes(CPU) == 200 * MIB
+
+
+def test_the_tightest_limit_of_the_parents_of_a_cgroup_counts(files):
+    files["/proc/self/cgroup"] = "0::/jobs/one\n"
+    files["/sys/fs/cgroup/jobs/one/memory.max"] = "max\n"
+    files["/sys/fs/cgroup/jobs/one/memory.current"] = f"{100 * MIB}\n"
+    files["/sys/fs/cgroup/jobs/memory.max"] = f"{500 * MIB}\n"
+    files["/sys/fs/cgroup/jobs/memory.current"] = f"{350 * MIB}\n"
+    files["/sys/fs/cgroup/memory.max"] = f"{900 * MIB}\n"
+    files["/sys/fs/cgroup/memory.current"] = f"{400 * MIB}\n"
+    assert available_bytes(CPU) == 150 * MIB
+
+
+def test_a_cgroup_without_a_limit_is_none(files):
+    files["/proc/self/cgroup"] = "0::/\n"
+    files["/sys/fs/cgroup/memory.max"] = "max\n"
+    files["/sys/fs/cgroup/memory.current"] = "5\n"
+    assert available_bytes(CPU) == 8_000_000 * 1024
+
+
+def test_a_cgroup_of_the_first_version_is_a_limit_too(files):
+    files["/proc/self/cgroup"] = "11:cpu,cpuacct:/a\n4:memory:/b\n0::/\n"
+    files["/sys/fs/cgroup/memory/b/memory.limit_in_bytes"] = f"{64 * MIB}\n"
+    files["/sys/fs/cgroup/memory/b/memory.usage_in_bytes"] = f"{60 * MIB}\n"
+    assert available_bytes(CPU) == 4 * MIB
+
+
+def test_a_cgroup_seen_from_inside_its_own_namespace_is_found_at_the_root(files):
+    """In a container the path may name folders that are not mounted; the root is what it has."""
+    files["/proc/self/cgroup"] = "0::/../../other\n"
+    files["/sys/fs/cgroup/memory.max"] = f"{50 * MIB}\n"
+    files["/sys/fs/cgroup/memory.current"] = f"{20 * MIB}\n"
+    assert available_bytes(CPU) == 30 * MIB
+
+
+def test_a_limit_that_is_passed_leaves_nothing(files):
+    files["/proc/self/cgroup"] = "0::/\n"
+    files["/sys/fs/cgroup/memory.max"] = "100\n"
+    files["/sys/fs/cgroup/memory.current"] = "200\n"
+    assert available_bytes(CPU) == 0
+
+
+def test_without_any_file_there_is_an_answer_still(files):
+    files.clear()
+    assert available_bytes(CPU) > 0
+
+
+def test_a_limit_of_the_address_space_is_a_limit():
+    program = (
+        "import resource, torch\n"
+        "from functional_hess.chunking import available_bytes, _address_space\n"
+        "used = next(int(l.split()[1]) * 1024 for l in open('/proc/self/status') if l.startswith('VmSize:'))\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20, resource.RLIM_INFINITY))\n"
+        "print(available_bytes(torch.device('cpu')))\n"
+    ).replace(", _address_space", "")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert 250 * MIB < int(done.stdout) <= 300 * MIB
+
+
+def test_a_call_under_a_limit_of_the_address_space_is_refused_not_killed():
+    program = (
+        "import resource, torch, functional_hess as fh\n"
+        "f = lambda x: (x[1:] * x[:-1]).square().sum()\n"
+        "fh.hessian(f)(torch.ones(50))\n"
+        "used = next(int(l.split()[1]) * 1024 for l in open('/proc/self/status') if l.startswith('VmSize:'))\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 400 * 2**20, resource.RLIM_INFINITY))\n"
+        "try:\n"
+        "    fh.hessian(f)(torch.ones(20_000))\n"
+        "except fh.MemoryLimitError as error:\n"
+        "    print(error)\n"
+        "print(len(fh.hessian(f)(torch.ones(2_000))))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "hessian: 20000 rows need" in done.stdout and done.stdout.split()[-1] == "2000"
+
+
+# How many rows --------------------------------------------------------------------------------------------------------
+
+
+def choose(**options: Any) -> tuple[int, Estimate]:
+    given: dict[str, Any] = {
+        "rows": 1000,
+        "output": 8 * MIB,
+        "mean_result": 100.0,
+        "bound": Estimate(0.0, 1.0 * MIB, "closed bound"),
+        "refine": None,
+        "device": CPU,
+        "memory_limit": None,
+        "chunk_size": "auto",
+    }
+    return chunk_for("hessian", **{**given, **options})
+
+
+def test_the_automatic_chunk_keeps_the_working_set_small(available):
+    available(10**12)
+    assert choose()[0] == 64  # MiB of working set
+    assert choose(output=2000 * MIB)[0] == 200  # a tenth of the result
+    assert choose(bound=Estimate(60.0 * MIB, 1.0 * MIB, ""))[0] == 4
+    assert choose(bound=Estimate(0.0, 1.0, ""))[0] == 1000
+
+
+def test_the_automatic_chunk_keeps_to_a_share_of_what_is_available(available):
+    available(100 * MIB)  # of which 60 may be taken: 8 for the result, 52 to work with
+    assert choose()[0] == 52
+    assert choose(memory_limit=20 * MIB)[0] == 12
+    assert choose(memory_limit="20 MiB")[0] == 12
+    assert choose(memory_limit="20 GiB")[0] == 52
+
+
+def test_one_row_at_a_time_is_the_least(available):
+    available(10**12)
+    k, estimate = choose(bound=Estimate(0.0, 100.0 * MIB, "x"))  # more than the working set wants, less than there is
+    assert k == 1 and estimate.working(1) == 100 * MIB
+
+
+def test_a_chunk_given_is_taken_up_to_the_rows_there_are(available):
+    available(10**12)
+    assert choose(chunk_size=7)[0] == 7 and choose(chunk_size=10**6)[0] == 1000 and choose(chunk_size=None)[0] == 1000
+    assert choose(chunk_size=None, rows=0)[0] == 1
+
+
+def test_the_better_estimate_is_asked_for_only_where_the_bound_does_not_fit(available):
+    available(10**12)
+    asked = []
+
+    def refine() -> Estimate:
+        asked.append(1)
+        return Estimate(0.0, 0.25 * MIB, "fake run")
+
+    assert choose(bound=Estimate(0.0, 1.0, "closed bound"), refine=refine) == (1000, Estimate(0.0, 1.0, "closed bound"))
+    assert not asked
+    k, estimate = choose(refine=refine)
+    assert k == 256 and estimate.source == "fake run" and len(asked) == 1
+
+
+def test_what_does_not_fit_is_refused_in_megabytes_with_the_ways_out(available):
+    available(100 * MIB)
+    for options in ({"output": 70 * MIB}, {"chunk_size": 100}, {"chunk_size": None}, {"bound": Estimate(0.0, 70.0 * MIB, "")}):
+        with pytest.raises(MemoryLimitError, match=r"hessian: 1000 rows need [\d,]+ MB .* 60% of the memory available is 60 MB"):
+            choose(**options)
+    with pytest.raises(MemoryLimitError, match="memory_limit is 5 MB") as caught:
+        choose(memory_limit="5MiB")
+    for way_out in ("hessian_rows", "rows=", "out=", "hessian_diagonal", "hessian_blocks", "hvp"):
+        assert way_out in str(caught.value)
+    assert isinstance(caught.value, MemoryError)
+
+
+@pytest.mark.parametrize("chunk_size", [0, -1, "all", 2.0, "", b"auto"])
+def test_a_chunk_that_is_no_number_of_rows_is_refused(chunk_size):
+    with pytest.raises(ValueError, match="hessian: chunk_size must be 'auto', a positive int or None, got"):
+        choose(chunk_size=chunk_size)
+
+
+class Watched(TorchDispatchMode):
+    """Remembers the largest tensor that an operation made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, Tensor) and not isinstance(t, FakeTensor):  # those hold nothing
+                self.numel = max(self.numel, t.numel())
+        return out
+
+
+@pytest.mark.parametrize("chunk_size", ["auto", 1, 50, None])
+def test_a_refused_call_has_allocated_nothing(available, chunk_size):
+    available(100 * MIB)
+    with Watched() as watched, pytest.raises(MemoryLimitError, match=r"hessian: 3000 rows need \d+ MB \(69 MB of result"):
+        hessian(squares, chunk_size=chunk_size)(numbers(3000))
+    assert 0 < watched.numel <= 3000
+
+
+def test_an_impossible_call_is_refused_at_once():
+    with Watched() as watched, pytest.raises(MemoryLimitError, match=r"hessian: 2000000 rows need 30,517,\d\d\d MB"):
+        hessian(squares)(torch.ones(2_000_000, dtype=torch.float64))
+    assert 0 < watched.numel <= 2_000_000
+
+
+def test_what_is_refused_whole_is_granted_in_parts(available):
+    available(100 * MIB)
+    x = numbers(3000)
+    with pytest.raises(MemoryLimitError, match="60% of the memory available is 60 MB"):
+        hessian(squares)(x)
+    out = torch.empty(3000, 3000, dtype=torch.float64)  # what is there already does not count
+    hessian(squares, out=out)(x)
+    for rows, part in hessian_rows(squares)(x):
+        assert relative_error(part, out[rows.start : rows.stop]) < 1e-13
+    assert relative_error(hessian_diagonal(squares)(x), out.diagonal()) < 1e-13
+
+
+def test_a_limit_given_narrows_the_chunk():
+    x = numbers(2000)
+    wide, narrow = (explain(hessian(squares, memory_limit=limit), x) for limit in (None, "33MiB"))
+    assert wide.chunk_size > narrow.chunk_size >= 1 and wide.output_bytes == narrow.output_bytes == 2000 * 2000 * 8
+    assert narrow.output_bytes + narrow.working_bytes <= 33 * MIB
+    with pytest.raises(MemoryLimitError, match="memory_limit is 30 MB"):
+        hessian(squares, memory_limit=30 * MIB)(x)
+
+
+@pytest.mark.parametrize("verb", [hessian, hessian_rows, hessian_diagonal, hessian_blocks])
+def test_every_call_that_loops_over_chunks_heeds_the_limit(verb):
+    with pytest.raises(MemoryLimitError, match=rf"{verb.__name__}: 2000 rows need"):
+        verb(squares, memory_limit="20kB")(numbers(2000))
+
+
+def test_what_a_vector_valued_function_needs_is_counted_for_each_output():
+    with pytest.raises(MemoryLimitError, match=r"hessian: 200 rows need \d+ MB \(61 MB of result"):
+        hessian(lambda x: x**3, memory_limit="50MiB")(numbers(200))
+
+
+def test_memory_is_the_outermost_calls_affair():
+    x = numbers(2, 30)
+    with pytest.raises(MemoryLimitError):
+        hessian(squares, memory_limit=100)(x[0])
+    assert torch.func.vmap(hessian(squares, memory_limit=100))(x).shape == (2, 30, 30)
+
+
+NETS: dict[str, Callable[[], nn.Module]] = {
+    "deep": lambda: nn.Sequential(*[layer for _ in range(4) for layer in (nn.Linear(16, 16), nn.Tanh())]),
+    "normed": lambda: nn.Sequential(nn.Linear(16, 24), nn.LayerNorm(24), nn.GELU(), nn.Linear(24, 4)),
+    "wide": lambda: nn.Sequential(nn.Linear(16, 60), nn.ReLU(), nn.Linear(60, 4)),
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_the_prediction_is_of_the_size_of_what_is_alive(name):
+    """The bound is a bound; where it did not fit, what runs on fake tensors is what runs."""
+    of = network(NETS[name], numbers(64, 16))
+    n = Space.of(of.x).dim
+    told = explain(hessian(of.f, memory_limit=n * n * 8 + 24 * MIB), of.x)
+    assert told.estimate == "fake run" and 1 <= told.chunk_size <= n
+    assert told.output_bytes + told.working_bytes <= n * n * 8 + 24 * MIB
+
+
+def test_a_function_that_branches_on_a_value_is_bounded_without_a_fake_run():
+    def f(x: Tensor) -> Tensor:
+        return (x**3).sum() if float(x.detach().sum()) > -1e9 else x.sum()
+
+    x = numbers(300)
+    told = explain(hessian(f, memory_limit=300 * 300 * 8 + 60_000, mode="double-backward"), x)
+    assert told.estimate == "closed bound"
