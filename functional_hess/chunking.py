@@ -45,6 +45,7 @@ __all__ = [
     "chunk_for",
     "closed_bound",
     "measured",
+    "megabytes",
     "parse_bytes",
     "progress_bar",
     "survey",
@@ -200,7 +201,7 @@ def parse_bytes(amount: int | float | str) -> int:
     """
     if isinstance(amount, (int, float)):
         return int(amount)
-    match = re.fullmatch(r"\s*([\d.]+)\s*([kKmMgGtT]?)(i?)[bB]?\s*", amount)
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([kKmMgGtT]?)(i?)[bB]?\s*", amount)
     if not match:
         raise ValueError(f"memory_limit must be bytes or a text such as '4GiB', got {amount!r}.")
     number, prefix, binary = match.groups()
@@ -332,11 +333,21 @@ def _wish(rows: int, mean_result: float, device: torch.device) -> int:
 def _refusal(verb: str, rows: int, output: int, working: float, k: int, total: float, memory_limit: Any) -> str:
     limit = "memory_limit" if memory_limit is not None else f"{SHARE_OF_AVAILABLE:.0%} of the memory available"
     return (
-        f"{verb}: {rows} rows need {(output + working) / MIB:,.0f} MB ({output / MIB:,.0f} MB of result and "
-        f"{working / MIB:,.0f} MB to work with, {k} row{'s' if k > 1 else ''} at a time), but {limit} is {total / MIB:,.0f} MB. "
-        "Stream them with hessian_rows (rows= takes any part), write into a memory-mapped out=, take hessian_diagonal or "
-        "hessian_blocks, or use products with hvp, which need no matrix."
+        f"{verb}: {rows:,} rows need {megabytes(output + working)} ({megabytes(output)} of result and {megabytes(working)} to "
+        f"work with, {k} row{'s' if k > 1 else ''} at a time), but {limit} is {megabytes(total)}. Stream them with hessian_rows "
+        "(rows= takes any part), write into a memory-mapped out=, take hessian_diagonal or hessian_blocks, or use products with "
+        "hvp, which need no matrix."
     )
+
+
+def megabytes(amount: float) -> str:
+    """Bytes as a text in MB (10^6 bytes).
+
+    Example:
+        >>> megabytes(489_340_000), megabytes(52_000)
+        ('489.3 MB', '0.1 MB')
+    """
+    return f"{amount / 1e6:,.1f} MB"
 
 
 @contextlib.contextmanager

@@ -62,7 +62,9 @@ class RandomnessError(RuntimeError):
 
 def missing_rule(error: BaseException) -> bool:
     """Whether ``error`` says that an op lacks a rule in this mode, so that another mode is worth trying."""
-    return isinstance(error, RuntimeError) and any(p.search(str(error)) for p in _MISSING)
+    if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, RuntimeError):
+        return False
+    return any(pattern.search(str(error)) for pattern in _MISSING)
 
 
 def no_mode_left(verb: str, tried: Sequence[tuple[str, BaseException]]) -> MissingDerivativeError:
@@ -89,12 +91,11 @@ def _place(error: BaseException) -> str | None:
 
 
 class Replay:
-    """One state of the random generators for all evaluations of f in a call.
+    """One state of the random generators for all evaluations of f in a call; a context manager.
 
-    Args:
-        randomness: ``"error"`` refuses a function that draws; ``"same"`` gives every evaluation the same numbers;
-            ``"different"`` lets it draw on.
-        x: tensors whose devices say which generators matter.
+    ``"error"`` refuses a function that draws, ``"same"`` gives every evaluation the same numbers, ``"different"`` lets it draw.
+    Unless they are to differ, the generators are left as they were found, after an exception too. Nothing is set while f draws
+    nothing, so that another thread's numbers are its own.
     """
 
     def __init__(self, randomness: str, x: Sequence[Tensor], verb: str) -> None:
@@ -104,25 +105,34 @@ class Replay:
         self._cuda = sorted({t.device.index or 0 for t in x if t.device.type == "cuda"})
         self._start = self._state()
 
+    def __enter__(self) -> Replay:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.randomness == "same" or (kind is not None and self.randomness == "error"):
+            self._restore()
+
     def _state(self) -> list[Tensor]:
         return [torch.get_rng_state(), *(torch.cuda.get_rng_state(i) for i in self._cuda)]
 
-    def rewind(self) -> None:
-        """Back to the state at the start; called before each evaluation and at the end."""
-        if self.randomness != "different":
+    def _moved(self) -> bool:
+        return any(not torch.equal(a, b) for a, b in zip(self._start, self._state(), strict=True))
+
+    def _restore(self) -> None:
+        if self._moved():
             torch.set_rng_state(self._start[0])
             for i, state in zip(self._cuda, self._start[1:], strict=True):
                 torch.cuda.set_rng_state(state, i)
 
+    def rewind(self) -> None:
+        """Back to the state at the start, before an evaluation that is to see the same numbers."""
+        if self.randomness == "same":
+            self._restore()
+
     def finish(self, f: Callable[..., Any], x: Sequence[Tensor]) -> None:
-        """Refuse randomness if it is to be refused, and leave the generators as they were found."""
-        moved = any(not torch.equal(a, b) for a, b in zip(self._start, self._state(), strict=True))
-        if not moved or self.randomness == "different":
-            return
-        self.rewind()
-        if self.randomness == "error":
+        """Refuse randomness if it is to be refused: called after f has been evaluated."""
+        if self.randomness == "error" and self._moved():
             self._require_deterministic(f, x)
-            self.rewind()
 
     def _require_deterministic(self, f: Callable[..., Any], x: Sequence[Tensor]) -> None:
         """Another thread may have drawn: ask f alone, under a vmap that refuses random ops."""

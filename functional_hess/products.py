@@ -34,6 +34,7 @@ from functional_hess.transforms import (
     bind,
     flat_double_backward,
     flat_jvp,
+    flat_plain_value_and_grad,
     flat_value_and_grad,
     flat_vjp,
     flat_vmap,
@@ -42,7 +43,7 @@ from functional_hess.transforms import (
 )
 from functional_hess.tree import tensors_of
 
-__all__ = ["MODES", "Product", "first_mode_that_works", "grad_and_hvp", "hvp", "product_at", "rows_of"]
+__all__ = ["MODES", "Product", "first_mode_that_works", "grad_and_hvp", "hvp", "product_at", "rows_of", "value_and_gradient"]
 
 Tensors = tuple[Tensor, ...]
 Scalar = Callable[..., tuple[Tensor, Any]]
@@ -76,7 +77,7 @@ def product_at(f: Scalar, x: Tensors, mode: str, rows: Sequence[int], columns: S
         return lambda v: linear(_filled(x, rows, v))
     if mode == FINITE_DIFFERENCE:
         return _finite_difference(f, x, columns, verb)
-    raise ValueError(f"{verb}: mode must be 'auto' or one of {', '.join(map(repr, MODES))}, got {mode!r}.")
+    raise ValueError(f"{verb}: mode must be 'auto', 'fastest' (for rows) or one of {', '.join(map(repr, MODES))}, got {mode!r}.")
 
 
 def _require_outermost(mode: str, verb: str) -> None:
@@ -110,7 +111,7 @@ def _reverse_over_reverse(f: Scalar, x: Tensors, rows: Sequence[int], columns: S
         point = list(x)
         for leaf, tensor in zip(columns, moved, strict=True):
             point[leaf] = tensor
-        return flat_value_and_grad(f, tuple(point), rows, verb=verb)[1], ()
+        return flat_value_and_grad(f, tuple(point), rows, verb=verb, twice=True)[1], ()
 
     _, pullback, _ = flat_vjp(gradient, tuple(x[leaf] for leaf in columns))
     return lambda v: pullback(_filled(x, rows, v))
@@ -121,11 +122,11 @@ def _finite_difference(f: Scalar, x: Tensors, columns: Sequence[int], verb: str)
 
     def gradient(moved: dict[int, Tensor], h: Tensor) -> Tensors:
         point = tuple(t + h.to(t) * moved[i] if i in moved else t for i, t in enumerate(x))
-        return flat_value_and_grad(f, point, columns, verb=verb)[1]
+        return value_and_gradient(f, point, verb, columns)[1]
 
     def product(v: dict[int, Tensor]) -> Tensors:
         h = _step(x, v)
-        near, far = ([a - b for a, b in zip(gradient(v, m * h), gradient(v, -m * h), strict=True)] for m in (1, 2))
+        near, far = [[a - b for a, b in zip(gradient(v, m * h), gradient(v, -m * h), strict=True)] for m in (1, 2)]
         return tuple(((8 * a - b) / (12 * h)).to(a.dtype) for a, b in zip(near, far, strict=True))
 
     return product
@@ -137,6 +138,16 @@ def _step(x: Tensors, v: dict[int, Tensor]) -> Tensor:
     size = torch.stack([t.detach().abs().max() for leaf, t in enumerate(x) if leaf in v and t.numel()] or [torch.ones(())])
     length = torch.stack([t.detach().abs().max().double() for t in v.values() if t.numel()] or [torch.ones(())])
     return eps**0.2 * size.double().max().clamp(min=1) / length.max().clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def value_and_gradient(f: Scalar, x: Tensors, verb: str, wrt: Sequence[int] | None = None) -> tuple[tuple[Tensor, Any], Tensors]:
+    """``((value, aux), gradient)``; by plain autograd where no functorch level can enter f and none is active."""
+    try:
+        return flat_value_and_grad(f, x, wrt, verb=verb)
+    except RuntimeError as error:
+        if not (missing_rule(error) and is_outermost()):
+            raise
+    return flat_plain_value_and_grad(f, x, wrt, verb=verb)
 
 
 def rows_of(product: Product, mode: str, v: dict[int, Tensor], randomness: str = "error") -> Tensors:
@@ -216,8 +227,8 @@ def hvp(
         randomness: ``"error"`` refuses a random f; ``"same"`` gives each evaluation the same draw; ``"different"`` does not care.
 
     Returns:
-        H v with the structure of x, ``None`` at carried leaves. Costs about two gradients and the memory of two; no graph is
-        kept unless a leaf requires grad. Composes with every transform, itself included.
+        H v with the structure of x, ``None`` at carried leaves. Costs the arithmetic of about two gradients and their memory; no
+        graph is kept unless a leaf requires grad. Composes with every transform, itself included.
 
     Raises:
         ValueError: v differs from x in structure, shape, dtype or device; the leaf is named.
@@ -273,7 +284,6 @@ def _both(
 ) -> tuple[Any, Any, Any]:
     bound = bind(verb, f, (x, *args), {}, 0)
     tangents = dict(enumerate(bound.space.pack(v, "tangent")))
-    replay = Replay(randomness, bound.x, verb)
     scalar = bound.scalar(has_aux)
 
     def attempt(candidate: str) -> tuple[Tensors | None, Tensors, Any]:
@@ -285,11 +295,12 @@ def _both(
         if not with_gradient and not has_aux:
             return None, product, None
         replay.rewind()
-        (_, aux), gradient = flat_value_and_grad(scalar, bound.x, verb=verb)
+        (_, aux), gradient = value_and_gradient(scalar, bound.x, verb)
         return gradient, product, aux
 
-    gradient, product, aux = first_mode_that_works(verb, f, bound.x, mode, ONE_PRODUCT, attempt)
-    replay.finish(bound.call, bound.x)
+    with Replay(randomness, bound.x, verb) as replay:
+        gradient, product, aux = first_mode_that_works(verb, f, bound.x, mode, ONE_PRODUCT, attempt)
+        replay.finish(bound.call, bound.x)
     return bound.space.unpack(plain(gradient)) if with_gradient else None, bound.space.unpack(plain(product)), aux
 
 

@@ -34,11 +34,24 @@ from functional_hess.products import (
 from functional_hess.transforms import Bound, bind, flat_value_and_grad, is_outermost, repaired
 from functional_hess.tree import Piece, Space, tensors_of
 
-__all__ = ["Chunk", "Group", "Options", "Plan", "Problem", "chunks_of", "evaluate", "look", "plan_rows", "try_one_row"]
+__all__ = [
+    "BY_COLUMNS",
+    "Chunk",
+    "Group",
+    "Options",
+    "Plan",
+    "Problem",
+    "chunks_of",
+    "evaluate",
+    "look",
+    "plan_rows",
+    "try_one_row",
+]
 
 Tensors = tuple[Tensor, ...]
 Scalar = Callable[..., tuple[Tensor, Any]]
 Wanted = Sequence[tuple[Piece, tuple[int, ...]]]
+BY_COLUMNS = (FORWARD_OVER_REVERSE, FINITE_DIFFERENCE)  # these differentiate the gradient along v; the others pull v back
 _estimates: weakref.WeakKeyDictionary[Any, dict[Any, Estimate]] = weakref.WeakKeyDictionary()
 
 
@@ -53,6 +66,7 @@ class Options:
     randomness: str = "error"
     strict: bool = False
     progress: bool = False
+    symmetric: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,12 +148,12 @@ def look(
     """Evaluate f once, watched: its value, which leaf it uses first, how much its graph will weigh."""
     bound = bind(verb, f, args, kwargs, argnums)
     scalar = bound.scalar(options.has_aux)
-    replay = Replay(options.randomness, bound.x, verb)
-    seen = survey(lambda *x: bound.split(x, options.has_aux), bound.x)
-    replay.rewind()
-    if options.strict:
-        flat_value_and_grad(scalar, bound.x, verb=verb, strict=bound.space)
-        replay.rewind()
+    with Replay(options.randomness, bound.x, verb) as replay:
+        seen = survey(lambda *x: bound.split(x, options.has_aux), bound.x)
+        replay.finish(bound.call, bound.x)
+        if options.strict:
+            replay.rewind()
+            flat_value_and_grad(scalar, bound.x, verb=verb, strict=bound.space)
     return Problem(f, bound, scalar, seen, options)
 
 
@@ -254,23 +268,22 @@ def chunks_of(pieces: Sequence[Piece], k: int) -> Iterator[tuple[Piece, ...]]:
 def evaluate(plan: Plan) -> Iterator[Chunk]:
     """All rows of a plan, chunk by chunk."""
     problem = plan.problem
-    runner = _Runner(problem)
-    with progress_bar(problem.verb, plan.rows, problem.options.progress) as advance:
+    with problem.replay() as replay, progress_bar(problem.verb, plan.rows, problem.options.progress) as advance:
+        runner = _Runner(problem, replay)
         for group in plan.groups:
             runner.enter(group)
             for pieces in chunks_of(group.pieces, plan.chunk):
                 mode, values = runner.rows(problem.space.one_hot(pieces))
-                yield Chunk(pieces, group.columns, values, mode in (FORWARD_OVER_REVERSE, FINITE_DIFFERENCE))
+                yield Chunk(pieces, group.columns, values, mode in BY_COLUMNS)
                 advance(sum(map(len, pieces)))
-    runner.replay.finish(problem.bound.call, problem.bound.x)
 
 
 def try_one_row(plan: Plan) -> tuple[str, tuple[str, ...]]:
     """The mode in which the first row of a plan could be computed, and the ops that were repaired on the way."""
     group = plan.groups[0]
     first = Piece(group.pieces[0].leaf, group.pieces[0].indices[:1])
-    with repaired(fresh=True) as used:
-        runner = _Runner(plan.problem)
+    with repaired(fresh=True) as used, plan.problem.replay() as replay:
+        runner = _Runner(plan.problem, replay)
         runner.enter(group)
         mode, _ = runner.rows(plan.problem.space.one_hot([first]))
     return mode, tuple(sorted(used))
@@ -279,9 +292,12 @@ def try_one_row(plan: Plan) -> tuple[str, tuple[str, ...]]:
 class _Runner:
     """Runs chunks in the mode that works, or with ``"fastest"`` in the one that won on the first two chunks."""
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem, self.replay = problem, problem.replay()
+    def __init__(self, problem: Problem, replay: Replay) -> None:
+        self.problem, self.replay = problem, replay
         self.chain: tuple[str, ...] = MANY_PRODUCTS
+        self.mode = problem.options.mode
+        if self.mode == "fastest" and not problem.options.symmetric:
+            self.mode = "auto"  # the modes to be raced fill an asymmetric matrix in different directions
         self.seconds: dict[str, float] = {}
         self.products: dict[str, Any] = {}
         self.group: Group
@@ -293,13 +309,16 @@ class _Runner:
 
     def rows(self, v: dict[int, Tensor]) -> tuple[str, Tensors]:
         """The mode used, and H v for the stacked vectors v."""
-        mode = self.problem.options.mode
-        if mode == "fastest":
-            return self._race(v) if len(self.seconds) < 2 else self._run(v, min(self.seconds, key=self.seconds.__getitem__))
-        used, values = self._run(v, mode)
-        if mode == "auto" and used != self.chain[0]:
-            self.chain = (used, *(m for m in MANY_PRODUCTS if m != used))
+        if self.mode == "fastest":
+            return self._race(v)
+        used, values = self._run(v, self.mode)
+        if self.mode == "auto":
+            self.chain = (used, *(m for m in self.chain if m != used and self._fits(m, used)))
         return used, values
+
+    def _fits(self, mode: str, used: str) -> bool:
+        """Rows and columns of an asymmetric matrix cannot be mixed."""
+        return self.problem.options.symmetric or (mode in BY_COLUMNS) == (used in BY_COLUMNS)
 
     def _run(self, v: dict[int, Tensor], mode: str) -> tuple[str, Tensors]:
         problem, group = self.problem, self.group
@@ -315,16 +334,19 @@ class _Runner:
         return first_mode_that_works(problem.verb, problem.f, problem.bound.x, mode, self.chain, attempt)
 
     def _race(self, v: dict[int, Tensor]) -> tuple[str, Tensors]:
-        """One chunk each, and every one a chunk of the answer; a mode without a rule loses."""
+        """One chunk each, and every one a chunk of the answer; then the winner. A mode without a rule loses."""
         candidate = MANY_PRODUCTS[len(self.seconds)]
         start = time.perf_counter()
         try:
             used, values = self._run(v, candidate)
+            _synchronize(values)
+            self.seconds[candidate] = (time.perf_counter() - start) / len(next(iter(v.values())))
         except MissingDerivativeError:
             self.seconds[candidate] = float("inf")
-            return self._run(v, "auto")
-        _synchronize(values)
-        self.seconds[candidate] = (time.perf_counter() - start) / len(next(iter(v.values())))
+            used, values = self._run(v, "auto")
+        if len(self.seconds) == 2:
+            best = min(self.seconds, key=self.seconds.__getitem__)
+            self.mode = best if self.seconds[best] < float("inf") else "auto"
         return used, values
 
 

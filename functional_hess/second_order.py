@@ -24,10 +24,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functional_hess.chunking import MIB, progress_bar
-from functional_hess.products import FORWARD_OVER_REVERSE, REVERSE_OVER_REVERSE, first_mode_that_works, product_at, rows_of
-from functional_hess.rows import Chunk, Options, Plan, Problem, chunks_of, evaluate, look, plan_rows, try_one_row
-from functional_hess.transforms import flat_value_and_grad, flat_vmap, is_outermost, plain
+from functional_hess.chunking import megabytes, progress_bar
+from functional_hess.products import (
+    FORWARD_OVER_REVERSE,
+    REVERSE_OVER_REVERSE,
+    first_mode_that_works,
+    product_at,
+    rows_of,
+    value_and_gradient,
+)
+from functional_hess.rows import BY_COLUMNS, Chunk, Options, Plan, Problem, chunks_of, evaluate, look, plan_rows, try_one_row
+from functional_hess.transforms import flat_vmap, is_outermost, plain
 from functional_hess.tree import Piece, Space, flat
 
 __all__ = [
@@ -65,7 +72,9 @@ class _Blocks:
             row += len(piece)
 
     def _add(self, piece: Piece, column: int, rows: Tensor) -> None:
-        if not self.in_place or (rows.requires_grad and self.out is None):
+        if rows.requires_grad and self.out is not None:
+            raise ValueError(_out_cannot("hessian"))
+        if not self.in_place or rows.requires_grad:
             self.in_place = False
             self.parts.setdefault((piece.leaf, column), []).append(rows)
             return
@@ -108,16 +117,20 @@ class _Blocks:
         return plain([joined.T if mirrored else joined])[0]
 
 
+def _out_cannot(verb: str) -> str:
+    return (
+        f"{verb}: out= cannot carry a graph or a batch, so it belongs to the outermost call. Leave it out here, or call under "
+        "torch.no_grad() if a leaf, or a tensor that f closes over, requires grad."
+    )
+
+
 def _require_out(problem: Problem, out: Tensor) -> None:
     verb, space = problem.verb, problem.space
     want = (space.dim, space.dim)
     if not _is_scalar(problem.seen.value):
         raise ValueError(f"{verb}: out= holds one (n, n) matrix, so f must return a scalar.")
     if not _may_write(problem.bound.x):
-        raise ValueError(
-            f"{verb}: out= cannot carry a graph or a batch, so it belongs to the outermost call. Leave it out here, or "
-            "call under torch.no_grad() if a leaf requires grad."
-        )
+        raise ValueError(_out_cannot(verb))
     if tuple(out.shape) != want or out.dtype != space.dtype or out.device != space.device:
         got = f"shape {tuple(out.shape)}, {out.dtype}, {out.device}"
         raise ValueError(f"{verb}: out must have shape {want}, {space.dtype}, {space.device}, got {got}.")
@@ -176,7 +189,7 @@ def hessian(
         tensor([[10.,  6.],
                 [ 6.,  0.]])
     """
-    options = Options(has_aux, mode, chunk_size, memory_limit, randomness, strict, progress)
+    options = Options(has_aux, mode, chunk_size, memory_limit, randomness, strict, progress, symmetric)
 
     def planned(*args: Any, **kwargs: Any) -> Plan:
         problem = look("hessian", f, args, kwargs, argnums, options)
@@ -235,9 +248,8 @@ def value_grad_and_hessian(
         plan: Plan = second.planned(*args, **kwargs)  # type: ignore[attr-defined]
         problem = plan.problem
         _require_scalar_value(problem)
-        replay = problem.replay()
-        (value, aux), gradient = flat_value_and_grad(problem.scalar, problem.bound.x, verb=problem.verb)
-        replay.rewind()
+        with problem.replay():
+            (value, aux), gradient = value_and_gradient(problem.scalar, problem.bound.x, problem.verb)
         g, H = problem.space.unpack(plain(gradient)), _dense(plan, symmetric, out)
         return ((value, aux), g, H) if has_aux else (value, g, H)
 
@@ -261,7 +273,7 @@ def hessian_rows(
 
     ``rows`` chooses coordinates in the order of ``Space``: a range, a slice of one, or any ints; all by default. A chunk that is
     evenly spaced comes with a range, any other with a list. Nothing larger than a chunk is held, so H may be larger than memory.
-    The other options are those of :func:`hessian`.
+    With ``has_aux`` the auxiliary result is dropped. The other options are those of :func:`hessian`.
 
     Example:
         >>> import torch
@@ -481,7 +493,7 @@ def _dense_of_each_output(plan: Plan) -> Tree:
     problem, space = plan.problem, plan.problem.space
     outputs = Space.of(problem.seen.value, "f(x)")
     units = outputs.one_hot(outputs.pieces(range(outputs.dim)))
-    leaves, options, replay = tuple(space.leaves), problem.options, problem.replay()
+    leaves, options = tuple(space.leaves), problem.options
 
     def rows(mode: str, v: dict[int, Tensor], *u: Tensor) -> Tensors:
         def contracted(*x: Tensor) -> tuple[Tensor, None]:
@@ -491,30 +503,34 @@ def _dense_of_each_output(plan: Plan) -> Tree:
         product = product_at(contracted, problem.bound.x, mode, leaves, leaves, verb=problem.verb)
         return rows_of(product, mode, v, options.randomness)
 
-    def attempt(mode: str) -> Tensors:
+    def attempt(mode: str) -> tuple[str, Tensors]:
         replay.rewind()
-        return flat_vmap(functools.partial(rows, mode, v), randomness=options.randomness)(*units.values())
+        return mode, flat_vmap(functools.partial(rows, mode, v), randomness=options.randomness)(*units.values())
 
     parts: list[list[Tensor]] = []
-    chain = (FORWARD_OVER_REVERSE, REVERSE_OVER_REVERSE)
+    chain: tuple[str, ...] = (REVERSE_OVER_REVERSE, FORWARD_OVER_REVERSE)
     mode = "auto" if options.mode == "fastest" else options.mode
-    with progress_bar(problem.verb, space.dim, options.progress) as advance:
+    with problem.replay() as replay, progress_bar(problem.verb, space.dim, options.progress) as advance:
         for pieces in chunks_of(space.pieces(range(space.dim)), plan.chunk):
             v = space.one_hot(pieces)
-            values = first_mode_that_works(problem.verb, problem.f, problem.bound.x, mode, chain, attempt)
+            used, values = first_mode_that_works(problem.verb, problem.f, problem.bound.x, mode, chain, attempt)
+            chain = (used,)  # rows and columns cannot be mixed
             parts.append([flat(t, 2) for t in values])  # (m, k, size of leaf) each
             advance(sum(map(len, pieces)))
-    replay.finish(problem.bound.call, problem.bound.x)
     whole = [torch.cat(column, 1) for column in zip(*parts, strict=True)]  # (m, n, size of leaf) each
-    return outputs.unpack([_vector_blocks(space, outputs, o, whole) for o in outputs.leaves])
+    by_columns = chain[0] in BY_COLUMNS
+    return outputs.unpack([_vector_blocks(space, outputs, o, whole, by_columns) for o in outputs.leaves])
 
 
-def _vector_blocks(space: Space, outputs: Space, o: int, whole: Sequence[Tensor]) -> Tree:
+def _vector_blocks(space: Space, outputs: Space, o: int, whole: Sequence[Tensor], by_columns: bool) -> Tree:
     first, last = outputs.offsets[o], outputs.offsets[o] + outputs.sizes[o]
     shape = outputs.shapes[o]
 
+    def rows_against(p: int, q: int) -> Tensor:
+        return whole[q][first:last, space.offsets[p] : space.offsets[p] + space.sizes[p]]
+
     def block(p: int, q: int) -> Tensor:
-        part = whole[q][first:last, space.offsets[p] : space.offsets[p] + space.sizes[p]]
+        part = rows_against(q, p).mT if by_columns else rows_against(p, q)
         return plain([part.reshape(shape + space.shapes[p] + space.shapes[q])])[0]
 
     return space.unpack([space.unpack([block(p, q) for q in space.leaves]) for p in space.leaves])
@@ -546,8 +562,8 @@ class Explanation:
             ("mode", self.mode),
             ("repairs", ", ".join(self.repairs) or "none needed"),
             ("chunks", f"{self.chunks:,} of up to {self.chunk_size:,} rows, in {self.groups} groups of leaves"),
-            ("result", f"{self.output_bytes / MIB:,.1f} MB"),
-            ("working set", f"{self.working_bytes / MIB:,.1f} MB ({self.estimate})"),
+            ("result", megabytes(self.output_bytes)),
+            ("working set", f"{megabytes(self.working_bytes)} ({self.estimate})"),
         )
         return "\n".join([self.verb, *(f"  {name:<12}{text}" for name, text in lines)])
 

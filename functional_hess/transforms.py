@@ -24,12 +24,13 @@ import dataclasses
 import functools
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
@@ -42,6 +43,7 @@ __all__ = [
     "bind",
     "flat_double_backward",
     "flat_jvp",
+    "flat_plain_value_and_grad",
     "flat_value_and_grad",
     "flat_vjp",
     "flat_vmap",
@@ -238,8 +240,15 @@ def _argument(verb: str, i: int, count: int) -> int:
 
 def _nothing_to_differentiate(verb: str, tree: Tree, name: str) -> str:
     tensors, _ = tensors_of(tree)
-    kinds = sorted({str(t.dtype) for t in tensors}) or [type(tree).__name__]
-    return f"{verb}: {name} holds no floating tensor to differentiate, only {', '.join(kinds)}. Convert it, as in x.double()."
+    if tensors:
+        kinds, cure = ", ".join(sorted({str(t.dtype) for t in tensors})), "Convert it, as in x.double()"
+    elif isinstance(tree, torch.nn.Module):
+        kinds, cure = type(tree).__name__, "Pass dict(module.named_parameters()) and a function that calls the module with it"
+    elif isinstance(tree, Iterator):
+        kinds, cure = type(tree).__name__, "Pass a tuple or a dict of tensors, as in tuple(module.parameters())"
+    else:
+        kinds, cure = type(tree).__name__, "Make it a tensor, as in torch.tensor(2.0) or torch.from_numpy(array)"
+    return f"{verb}: {name} holds no floating tensor to differentiate, only {kinds}. {cure}."
 
 
 def _aux_split(verb: str, out: Any, has_aux: bool) -> tuple[Any, Any]:
@@ -317,14 +326,32 @@ def _independence(verb: str) -> str:
     )
 
 
-def _require_every_leaf(verb: str, outputs: Sequence[Tensor], tensors: Sequence[Tensor], space: Space | None) -> None:
-    """strict=True: every leaf is reached from the outputs in the graph of the current level."""
+def _graph(outputs: Sequence[Tensor]) -> set[Any]:
+    """The nodes of the graph of the current level behind ``outputs``."""
     reached, stack = set(), [t.grad_fn for t in outputs if t.requires_grad]
     while stack:
         node = stack.pop()
         if node is not None and node not in reached:
             reached.add(node)
             stack.extend(parent for parent, _ in node.next_functions)
+    return reached
+
+
+def _require_twice_differentiable(value: Tensor) -> None:
+    """A backward marked ``once_differentiable`` breaks the graph of the gradient without a word, if the cotangent needs none."""
+    for node in _graph([value]):
+        function = getattr(node, "_forward_cls", None)
+        cells = getattr(getattr(function, "backward", None), "__closure__", None) or ()
+        inside = [cell.cell_contents for cell in cells if isinstance(cell.cell_contents, type)]
+        for cls in (function, *inside):
+            code = getattr(getattr(cls, "backward", None), "__code__", None)
+            if code is not None and code.co_filename == torch.autograd.function.__file__ and code.co_name == "wrapper":
+                raise NotImplementedError(f"the backward of {getattr(cls, '__name__', cls)} is marked once_differentiable")
+
+
+def _require_every_leaf(verb: str, outputs: Sequence[Tensor], tensors: Sequence[Tensor], space: Space | None) -> None:
+    """strict=True: every leaf is reached from the outputs in the graph of the current level."""
+    reached = _graph(outputs)
     for leaf, t in enumerate(tensors):
         if torch.autograd.graph.get_gradient_edge(t).node not in reached:
             where = space.name_of(leaf) if space else f"x[{leaf}]"
@@ -338,8 +365,12 @@ def flat_value_and_grad(
     *,
     verb: str = "grad",
     strict: Space | None = None,
+    twice: bool = False,
 ) -> tuple[tuple[Tensor, Any], Tensors]:
-    """``((value, aux), gradient)`` of ``f(*x) -> (value, aux)``, with respect to the leaves ``wrt`` (all by default)."""
+    """``((value, aux), gradient)`` of ``f(*x) -> (value, aux)``, with respect to the leaves ``wrt`` (all by default).
+
+    ``twice`` refuses what reverse mode cannot differentiate again.
+    """
     wrt = range(len(x)) if wrt is None else wrt
     variables = tuple(x[i] for i in wrt)
     rebuild: list[Callable[..., Tree]] = []
@@ -350,6 +381,8 @@ def flat_value_and_grad(
             _require_dependence(verb, [value], lambda *v: f(*_replaced(x, wrt, v)), variables)
         if strict is not None:
             _require_every_leaf(verb, [value], variables, strict)
+        if twice:
+            _require_twice_differentiable(value)
         kept, back = tensors_of(aux)
         rebuild.append(back)
         return value, kept
@@ -370,13 +403,25 @@ def _replaced(x: Tensors, where: Sequence[int], values: Sequence[Tensor]) -> lis
 def flat_jvp(f: Callable[..., tuple[Tensors, Tensors]], x: Tensors, v: Tensors) -> tuple[Tensors, Tensors, Tensors]:
     """``(outputs, tangents, aux)`` of ``f(*x) -> (outputs, aux)`` along ``v``."""
     with repaired(), _FORWARD_MODE:
-        return torch.func.jvp(f, x, v, has_aux=True)
+        _load_forward_rules()
+        outputs, tangents, aux = cast(tuple[Tensors, Tensors, Tensors], torch.func.jvp(f, x, v, has_aux=True))
+    # a mixed-dtype formula may promote a tangent beyond its primal
+    return outputs, tuple(t.to(y.dtype) for y, t in zip(outputs, tangents, strict=True)), aux
+
+
+@functools.cache
+def _load_forward_rules() -> None:
+    """torch loads these at its first forward-mode derivative, with deprecation warnings of its own that are no user's concern."""
+    with warnings.catch_warnings(), _FORWARD_MODE:
+        warnings.simplefilter("ignore", DeprecationWarning)
+        one = torch.ones(())
+        torch.func.jvp(torch.sin, (one,), (one,))
 
 
 def flat_vjp(f: Callable[..., tuple[Tensors, Tensors]], x: Tensors) -> tuple[Tensors, Callable[[Tensors], Tensors], Tensors]:
     """``(outputs, pullback, aux)`` of ``f(*x) -> (outputs, aux)``; the graph is kept for any number of cotangents."""
     with repaired():
-        outputs, pull, aux = torch.func.vjp(f, *x, has_aux=True)
+        outputs, pull, aux = cast(tuple[Tensors, Any, Tensors], torch.func.vjp(f, *x, has_aux=True))
 
     def pullback(cotangents: Tensors) -> Tensors:
         with repaired():
@@ -396,6 +441,21 @@ def flat_vmap(f: Callable[..., Tensors], *, randomness: str = "error", chunk_siz
     return mapped
 
 
+def flat_plain_value_and_grad(
+    f: Callable[..., tuple[Tensor, Any]], x: Tensors, wrt: Sequence[int] | None = None, *, verb: str
+) -> tuple[tuple[Tensor, Any], Tensors]:
+    """``((value, aux), gradient)`` by plain autograd, for functions that no functorch level can enter."""
+    grad_mode = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.enable_grad():
+        alias = _variables(x, grad_mode)
+        value, aux = f(*alias)
+        _require_watched(value, verb)
+        outside = grad_mode and _reaches_beyond(value, x, alias)
+        variables = alias if wrt is None else [alias[i] for i in wrt]
+        gradient = torch.autograd.grad(value, variables, create_graph=outside, retain_graph=True, materialize_grads=True)
+    return (value if outside else value.detach(), aux), tuple(gradient)
+
+
 def flat_double_backward(
     f: Callable[..., tuple[Tensor, Any]], x: Tensors, rows: Sequence[int], columns: Sequence[int], *, verb: str
 ) -> Callable[[Tensors], Tensors]:
@@ -403,30 +463,48 @@ def flat_double_backward(
 
     It serves functions that no functorch level can enter: checkpointing, an old-style ``autograd.Function``.
     """
-    outer = torch.is_grad_enabled() and any(t.requires_grad for t in x)
-    with torch.enable_grad(), repaired(always=True):
-        alias = tuple(t.view_as(t) if outer and t.requires_grad else t.detach().requires_grad_() for t in x)
+    grad_mode = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.enable_grad(), repaired(always=True):
+        alias = _variables(x, grad_mode)
         value, _ = f(*alias)
-        if not value.requires_grad:
-            raise DependenceError(_independence(verb))
+        _require_watched(value, verb)
+        _require_twice_differentiable(value)
+        outside = grad_mode and _reaches_beyond(value, x, alias)
         gradient = torch.autograd.grad(value, [alias[i] for i in rows], create_graph=True, materialize_grads=True)
 
     def product(v: Tensors) -> Tensors:
         pairs = [(g, u) for g, u in zip(gradient, v, strict=True) if g.requires_grad]
         if not pairs:
             return tuple(torch.zeros_like(x[i]) for i in columns)
-        inputs = [alias[i] for i in columns]
-        with torch.enable_grad(), repaired(always=True):
+        with torch.inference_mode(False), torch.enable_grad(), repaired(always=True):
             return torch.autograd.grad(
                 [g for g, _ in pairs],
-                inputs,
-                [u for _, u in pairs],
+                [alias[i] for i in columns],
+                [u.clone() if u.is_inference() else u for _, u in pairs],
                 retain_graph=True,
-                create_graph=outer,
+                create_graph=outside,
                 materialize_grads=True,
             )
 
     return product
+
+
+def _variables(x: Tensors, keep_graph: bool) -> Tensors:
+    """Tensors to differentiate by, one for each leaf: views where the outer graph is to go on, else detached."""
+    fresh = (t.clone() if t.is_inference() else t for t in x)
+    return tuple(t.view_as(t) if keep_graph and t.requires_grad else t.detach().requires_grad_() for t in fresh)
+
+
+def _require_watched(value: Tensor, verb: str) -> None:
+    if not value.requires_grad:
+        raise DependenceError(_independence(verb))
+
+
+def _reaches_beyond(value: Tensor, x: Tensors, alias: Tensors) -> bool:
+    """Whether plain autograd watches more than the aliases: a leaf of x, or a tensor that f closes over."""
+    own = {id(t) for t in alias}
+    ends = [node.variable for node in _graph([value]) if hasattr(node, "variable")]
+    return any(t.requires_grad for t in x) or any(id(t) not in own for t in ends)
 
 
 # ---------------------------------------------------------------------------------------------------- the transforms

@@ -59,9 +59,7 @@ def true_hessian(f: Callable[..., Tensor], x: Tensor) -> Tensor:
 @exact_mode
 def test_hvp_is_linear(scenario, mode):
     u, v = tangent(scenario.x, 1), tangent(scenario.x, 2)
-    Hu, Hv, both = (
-        fh.hvp(scenario.f, scenario.x, t, *scenario.args, mode=mode) for t in (u, v, combination(2.5, u, -0.7, v))
-    )
+    Hu, Hv, both = (fh.hvp(scenario.f, scenario.x, t, *scenario.args, mode=mode) for t in (u, v, combination(2.5, u, -0.7, v)))
     assert relative_error(both, combination(2.5, Hu, -0.7, Hv)) < 1e-12
 
 
@@ -386,9 +384,7 @@ def penalty_by_autograd(net: nn.Module, data: Tensor) -> Tensor:
 def test_a_gradient_penalty_is_differentiated_with_respect_to_the_critic():
     net, data = critic()
     truth = torch.autograd.grad(penalty_by_autograd(net, data), list(net.parameters()), allow_unused=True)
-    truth = {
-        name: torch.zeros_like(p) if t is None else t for (name, p), t in zip(net.named_parameters(), truth, strict=True)
-    }
+    truth = {name: torch.zeros_like(p) if t is None else t for (name, p), t in zip(net.named_parameters(), truth, strict=True)}
     parameters = {name: p.detach() for name, p in net.named_parameters()}
 
     def penalty(parameters: Any) -> Tensor:
@@ -417,9 +413,17 @@ def test_a_gradient_penalty_goes_backward_to_the_parameters_of_a_module(mapped):
         assert expected is None or relative_error(p.grad, expected) < 1e-12
 
 
+def by_autograd_along(x: Tensor, v: Tensor) -> Tensor:
+    """The directional derivative with a graph, by plain autograd."""
+    return torch.autograd.grad(energy(x), x, create_graph=True)[0] @ v
+
+
 def test_torch_func_goes_inside_and_outside():
     H = true_hessian(energy, X)
-    assert relative_error(fh.hessian(lambda x: torch.func.grad(energy)(x) @ V)(X), fh.hessian(lambda x: fh.grad(energy)(x) @ V)(X)) < 1e-13
+    assert (
+        relative_error(fh.hessian(lambda x: torch.func.grad(energy)(x) @ V)(X), fh.hessian(lambda x: fh.grad(energy)(x) @ V)(X))
+        < 1e-13
+    )
     assert relative_error(torch.func.jacfwd(fh.grad(energy))(X), H) < 1e-13
     assert relative_error(fh.jacfwd(torch.func.grad(energy))(X), H) < 1e-13
     assert relative_error(torch.func.vmap(lambda v: fh.jvp(fh.grad(energy), (X,), (v,))[1])(torch.eye(3).double()), H) < 1e-13
@@ -473,13 +477,22 @@ def test_hessians_in_eight_threads_are_all_right():
 
 # The package ----------------------------------------------------------------------------------------------------------
 
-HEAVY = ("matplotlib", "sklearn", "tqdm", "scipy", "sympy", "pandas", "torch._dynamo", "torch._inductor", "torchvision", "IPython")
+HEAVY = (
+    "matplotlib",
+    "sklearn",
+    "tqdm",
+    "scipy",
+    "sympy",
+    "pandas",
+    "torch._dynamo",
+    "torch._inductor",
+    "torchvision",
+    "IPython",
+)
 
 
 def test_importing_the_package_brings_nothing_heavy_beyond_torch():
-    program = (
-        "import sys, torch; before = set(sys.modules); import functional_hess; print(*sorted(set(sys.modules) - before))"
-    )
+    program = "import sys, torch; before = set(sys.modules); import functional_hess; print(*sorted(set(sys.modules) - before))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     brought = done.stdout.split()
     assert "functional_hess.second_order" in brought

@@ -125,9 +125,7 @@ print(json.dumps(dict(anonymous=peak.anonymous, right=right(out, x))))
 """
 
 
-@pytest.mark.parametrize(
-    ("n", "limit"), [(2000, 20), pytest.param(8000, 200, marks=pytest.mark.slow)], ids=["20 MiB", "200 MiB"]
-)
+@pytest.mark.parametrize(("n", "limit"), [(3000, 64), pytest.param(8000, 200, marks=pytest.mark.slow)], ids=["64 MiB", "200 MiB"])
 def test_a_hessian_larger_than_the_limit_goes_to_a_mapped_file(n, limit, tmp_path):
     got = answer(MAPPED.format(n=n, limit=f"{limit}MiB", path=str(tmp_path / "hessian.bin")))
     assert got["right"] and got["anonymous"] < limit * MIB
@@ -149,19 +147,21 @@ print(json.dumps(dict(resident=peak.resident, text=text)))
     assert "2000000 rows need 30,517," in got["text"] and "hessian_rows" in got["text"]
 
 
+@pytest.mark.slow
 def test_a_stream_of_rows_holds_a_chunk_at_a_time():
     got = answer(
         """
-x = point(4000)
+x = point(3000)
 with Peak() as peak:
     fine = all(torch.allclose(part[0], by_hand(x, rows[0])) for rows, part in fh.hessian_rows(rosenbrock, chunk_size=16)(x))
 print(json.dumps(dict(resident=peak.resident, right=fine)))
 """
     )
-    assert got["right"] and got["resident"] < 64 * MIB  # the matrix would be 122
+    assert got["right"] and got["resident"] < 48 * MIB  # the matrix would be 69
 
 
-def test_a_thousand_products_leave_nothing_behind():
+@pytest.mark.slow
+def test_hundreds_of_products_leave_nothing_behind():
     got = answer(
         """
 x = point(20_000)
@@ -170,9 +170,9 @@ for mode in ("forward-over-reverse", "reverse-over-reverse", "double-backward"):
     fh.hvp(rosenbrock, x, v, mode=mode)
 with Peak() as peak:
     for mode in ("forward-over-reverse", "reverse-over-reverse", "double-backward"):
-        for _ in range(300):
+        for _ in range(100):
             fh.hvp(rosenbrock, x, v, mode=mode)
 print(json.dumps(dict(anonymous=peak.anonymous)))
 """
     )
-    assert got["anonymous"] < 32 * MIB  # 900 products are 137 MiB
+    assert got["anonymous"] < 24 * MIB  # 300 products are 46 MiB

@@ -27,7 +27,8 @@ def net(norm: Callable[[], nn.Module], *shape: int, features: int = 3) -> Networ
     class Normed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.norm, self.last = nn.Linear(2, features), norm(), nn.Linear(features, 1)
+            self.first, self.norm = nn.Linear(2, features), norm()
+            self.last = nn.Linear(features, 1, bias=False)
 
         def forward(self, x: Tensor) -> Tensor:
             h = self.first(x)
@@ -59,10 +60,7 @@ def blocks_of(of: Network, matrix: Tensor) -> dict[str, dict[str, Tensor]]:
     names = sorted(of.x)
     sizes = [of.x[p].numel() for p in names]
     return {
-        p: {
-            q: part.reshape(of.x[p].shape + of.x[q].shape)
-            for q, part in zip(names, rows.split(sizes, 1), strict=True)
-        }
+        p: {q: part.reshape(of.x[p].shape + of.x[q].shape) for q, part in zip(names, rows.split(sizes, 1), strict=True)}
         for p, rows in zip(names, matrix.split(sizes), strict=True)
     }
 
@@ -124,9 +122,7 @@ def test_norms_are_right_where_f_itself_maps_over_gradients(name):
 
     assert relative_error(grad(squared_gradient)(of.x), of.tree(by_loops(of.vector))) < 1e-10
     v = numbers(len(of.vector), seed=3)
-    truth, _ = derivative_by_differences(
-        lambda t: by_loops(of.vector + t * v), torch.zeros((), dtype=torch.float64), 5e-4
-    )
+    truth, _ = derivative_by_differences(lambda t: by_loops(of.vector + t * v), torch.zeros((), dtype=torch.float64), 5e-4)
     assert relative_error(hvp(squared_gradient, of.x, of.tree(v)), of.tree(truth)) < 1e-7
 
 

@@ -188,7 +188,9 @@ def test_an_unknown_mode_is_refused_with_the_modes_there_are(mode):
         hvp(lambda x: x.sum(), torch.ones(2), torch.ones(2), mode=mode)
 
 
-@pytest.mark.parametrize(("f", "message"), [(lambda x: x, r"shape \(2,\)"), (lambda x: (x.sum(), 1), "has_aux"), (lambda x: 3.0, "float")])
+@pytest.mark.parametrize(
+    ("f", "message"), [(lambda x: x, r"shape \(2,\)"), (lambda x: (x.sum(), 1), "has_aux"), (lambda x: 3.0, "float")]
+)
 def test_a_function_that_is_not_scalar_is_refused(f, message):
     with pytest.raises(TypeError, match=rf"hvp: f must return a scalar.*{message}"):
         hvp(f, torch.ones(2), torch.ones(2))
@@ -257,8 +259,6 @@ def encoder(train: bool) -> Callable[..., Network]:
     return lambda dtype: network(make, numbers(2, 3, 4), dtype=dtype, train=train)
 
 
-
-
 def checkpointed(dtype: torch.dtype) -> Network:
     """Written out: what functional_call swaps in is gone by the time a checkpoint is recomputed."""
     net = network(Head, numbers(5, 3), dtype=dtype)
@@ -274,7 +274,7 @@ def checkpointed(dtype: torch.dtype) -> Network:
     return Network(f, net.x)
 
 
-def plainly(criterion: Callable[..., Tensor]) -> Callable[..., Network]:
+def against(criterion: Callable[..., Tensor]) -> Callable[..., Network]:
     target = numbers(5, 2, seed=3)
     return lambda dtype: network(Head, numbers(5, 3), loss=lambda out: criterion(out, target.to(out.dtype)), dtype=dtype)
 
@@ -285,10 +285,10 @@ def recurrent(make: Callable[[], nn.Module]) -> Callable[..., Network]:
 
 # name: (network of a dtype, the modes of which one must do it in "auto")
 WITHOUT_RULES: dict[str, tuple[Callable[..., Network], tuple[str, ...]]] = {
-    "mse_loss": (plainly(nn.MSELoss(reduction="mean")), (FORWARD, REVERSE)),
-    "mse_loss of a sum": (plainly(nn.MSELoss(reduction="sum")), (FORWARD, REVERSE)),
-    "huber_loss": (plainly(nn.HuberLoss(delta=0.7)), (FORWARD, REVERSE)),
-    "smooth_l1_loss": (plainly(nn.SmoothL1Loss(beta=0.7)), (FORWARD, REVERSE)),
+    "mse_loss": (against(nn.MSELoss(reduction="mean")), (FORWARD, REVERSE)),
+    "mse_loss of a sum": (against(nn.MSELoss(reduction="sum")), (FORWARD, REVERSE)),
+    "huber_loss": (against(nn.HuberLoss(delta=0.7)), (FORWARD, REVERSE)),
+    "smooth_l1_loss": (against(nn.SmoothL1Loss(beta=0.7)), (FORWARD, REVERSE)),
     "lstm": (recurrent(lambda: nn.LSTM(3, 2)), (FORWARD, REVERSE)),
     "lstm of two layers, both ways": (recurrent(lambda: nn.LSTM(3, 2, 2, bidirectional=True)), (FORWARD, REVERSE)),
     "gru": (recurrent(lambda: nn.GRU(3, 2)), (FORWARD, REVERSE)),
@@ -395,7 +395,9 @@ EXCEPTIONS = [
     RuntimeError("shape mismatch of mine"),
     MemoryError("mine"),
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."
+    ),
     KeyboardInterrupt(),
 ]
 
@@ -468,7 +470,9 @@ def cube_once(x: Tensor) -> Tensor:
     return OnceDifferentiable.apply(x).sum()
 
 
-@pytest.mark.parametrize(("f", "op"), [(connectionist, "_ctc_loss_backward"), (cube_once, "once_differentiable|OnceDifferentiable")])
+@pytest.mark.parametrize(
+    ("f", "op"), [(connectionist, "_ctc_loss_backward"), (cube_once, "once_differentiable|OnceDifferentiable")]
+)
 def test_a_rule_that_no_mode_has_is_an_error_that_names_op_modes_line_and_remedy(f, op):
     x, v = numbers(12, seed=1), numbers(12, seed=2)
     line = f.__code__.co_firstlineno + (2 if f is connectionist else 1)

@@ -184,7 +184,16 @@ def test_progress_is_shown_unless_quiet(folder, capsys):
 # The digits -----------------------------------------------------------------------------------------------------------
 
 
-def test_digits_report(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def one_thread():
+    """For many small steps, threads that wait for each other on a busy machine cost more than they bring."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_digits_report(tmp_path, monkeypatch, capsys, one_thread):
     state = torch.get_rng_state()
     monkeypatch.chdir(tmp_path)
     assert main(["report"]) == 0

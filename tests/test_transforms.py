@@ -669,7 +669,7 @@ SOUND: dict[str, tuple[Callable[[Tensor], Tensor], Any]] = {
     "a step with a derivative of zero": (lambda x: x.round().sum(), torch.zeros(3)),
     "a mask": (lambda x: (x * (x > 0)).sum(), t([1.0, 0.0, 1.0])),
     "a clamp that holds everywhere": (lambda x: x.clamp(5.0, 6.0).sum(), torch.zeros(3)),
-    "a branch": (lambda x: x.sum() if float(x[0]) > 0 else -x.sum(), torch.ones(3)),
+    "a branch": (lambda x: x.sum() if x[0] > 0 else -x.sum(), torch.ones(3)),
 }
 
 

@@ -1,4 +1,4 @@
-"""The functions that are timed: each written once for torch and once for JAX, in the way natural to either.
+"""The functions that are timed: each written for torch and for JAX in the way natural to either, once where that is one way.
 
 A problem is a scalar function ``f(x, *data)``, whose Hessian in x is wanted, and a point. Numbers come as numpy arrays from
 a generator of fixed seed, so that both libraries see the same. Each problem comes in two sizes: the one that is timed, and a
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -77,8 +78,8 @@ def matrix(H: Any, instance: Instance) -> np.ndarray:
         return np.asarray(H).reshape(n, n)
     keys = names if isinstance(H, dict) else range(len(names))
     sizes = [leaf.size for leaf in instance.leaves.values()]
-    rows = [[np.asarray(H[p][q]).reshape(k, m) for q, m in zip(keys, sizes, strict=True)] for p, k in zip(keys, sizes, strict=True)]
-    return np.block(rows)
+    numbered = list(zip(keys, sizes, strict=True))
+    return np.block([[np.asarray(H[p][q]).reshape(rows, columns) for q, columns in numbered] for p, rows in numbered])
 
 
 # ---------------------------------------------------------------------------------------------------- Rosenbrock's function
@@ -99,12 +100,7 @@ def _points(rng: np.random.Generator, batch: int, n: int) -> Instance:
 # ---------------------------------------------------------------------------------------------------- Lennard-Jones cluster
 
 
-def _lennard_jones_torch(x: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    r6 = ((x[i] - x[j]) ** 2).sum(-1) ** -3
-    return 4 * (r6**2 - r6).sum()
-
-
-def _lennard_jones_jax(x: Any, i: Any, j: Any) -> Any:
+def _lennard_jones(x: Any, i: Any, j: Any) -> Any:
     r6 = ((x[i] - x[j]) ** 2).sum(-1) ** -3
     return 4 * (r6**2 - r6).sum()
 
@@ -137,7 +133,7 @@ def _cross_entropy(logits: Any, y: Any) -> Any:
 
 def _mlp(rng: np.random.Generator, samples: int, *widths: int) -> Instance:
     x = {}
-    for layer, (rows, columns) in enumerate(zip(widths[:-1], widths[1:], strict=True), 1):
+    for layer, (rows, columns) in enumerate(itertools.pairwise(widths), 1):
         x[f"w{layer}"] = (rng.standard_normal((rows, columns)) / np.sqrt(rows)).astype(np.float32)
         x[f"b{layer}"] = (0.1 * rng.standard_normal(columns)).astype(np.float32)
     return Instance(x, _labelled(rng, samples, widths[0], widths[-1]))
@@ -187,8 +183,8 @@ PROBLEMS: dict[str, Problem] = {
     "rosenbrock-4608": _rosenbrock_problem("Rosenbrock, n = 4,608, float64", make=_point, size=(4608,), tiny=(4,)),
     "lennard-jones": Problem(
         "Lennard-Jones cluster of 100 atoms, n = 300, float64",
-        _lennard_jones_torch,
-        _lennard_jones_jax,
+        _lennard_jones,
+        _lennard_jones,
         _cluster,
         size=(5, 5, 4),
         tiny=(1, 1, 2),

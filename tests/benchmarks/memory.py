@@ -1,0 +1,51 @@
+"""Peak resident memory of one call, each in a process of its own: Linux only, where the kernel keeps the peak.
+
+Growth is the peak during the call less what was resident before it, after imports, the arguments, compilation and a call of the
+same kind at a tiny size.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from contenders import CONTENDERS
+from problems import PROBLEMS
+
+__all__ = ["AVAILABLE", "MIB", "peak_growth"]
+
+MIB = 2**20
+STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+AVAILABLE = STATUS.exists() and RESET.exists()
+
+
+def peak_growth(problem: str, contender: str) -> int:
+    """Bytes by which the resident set of a fresh process grows at most during one Hessian."""
+    child = subprocess.run([sys.executable, __file__, problem, contender], capture_output=True, text=True, check=False)
+    if child.returncode:
+        raise RuntimeError(f"{contender} on {problem}: exit status {child.returncode}\n{child.stderr}")
+    return json.loads(child.stdout)
+
+
+def _kilobytes(name: str) -> int:
+    return next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
+
+
+def _measured(problem: str, contender: str) -> int:
+    prepare, chosen = CONTENDERS[contender], PROBLEMS[problem]
+    prepare(chosen, chosen.instance(tiny=True))()
+    run = prepare(chosen, chosen.instance())
+    gc.collect()
+    RESET.write_text("5")  # the peak starts again from what is resident now
+    before = _kilobytes("VmRSS")
+    kept = run()
+    peak = _kilobytes("VmHWM")
+    del kept
+    return max(0, peak - before) * 1024
+
+
+if __name__ == "__main__":
+    print(json.dumps(_measured(*sys.argv[1:])))
