@@ -224,7 +224,7 @@ def test_a_call_under_a_limit_of_the_address_space_is_refused_not_killed():
         "print(len(fh.hessian(f)(torch.ones(1_000))))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert "hessian: 20000 rows need" in done.stdout and done.stdout.split()[-1] == "1000"
+    assert "hessian: 20,000 rows need" in done.stdout and done.stdout.split()[-1] == "1000"
 
 
 # How many rows --------------------------------------------------------------------------------------------------------
@@ -282,16 +282,19 @@ def test_the_better_estimate_is_asked_for_only_where_the_bound_does_not_fit(avai
 
     assert choose(bound=Estimate(0.0, 1.0, "closed bound"), refine=refine) == (1000, Estimate(0.0, 1.0, "closed bound"))
     assert not asked
-    k, estimate = choose(refine=refine)
-    assert k == 256 and estimate.source == "fake run" and len(asked) == 1
+    assert choose(refine=refine)[0] == 64 and not asked  # 64 rows are enough for speed
+    k, estimate = choose(bound=Estimate(0.0, 4.0 * MIB, "closed bound"), refine=refine)
+    assert k == 128 and estimate.source == "fake run" and len(asked) == 1  # half of 64 MiB: the allocator's slack
 
 
 def test_what_does_not_fit_is_refused_in_megabytes_with_the_ways_out(available):
     available(100 * MIB)
     for options in ({"output": 70 * MIB}, {"chunk_size": 100}, {"chunk_size": None}, {"bound": Estimate(0.0, 70.0 * MIB, "")}):
-        with pytest.raises(MemoryLimitError, match=r"hessian: 1000 rows need [\d,]+ MB .* 60% of the memory available is 60 MB"):
+        with pytest.raises(
+            MemoryLimitError, match=r"hessian: 1,000 rows need [\d,.]+ MB .* 60% of the memory available is 62.9 MB"
+        ):
             choose(**options)
-    with pytest.raises(MemoryLimitError, match="memory_limit is 5 MB") as caught:
+    with pytest.raises(MemoryLimitError, match=r"memory_limit is 5\.2 MB") as caught:
         choose(memory_limit="5MiB")
     for way_out in ("hessian_rows", "rows=", "out=", "hessian_diagonal", "hessian_blocks", "hvp"):
         assert way_out in str(caught.value)
@@ -322,13 +325,13 @@ class Watched(TorchDispatchMode):
 @pytest.mark.parametrize("chunk_size", ["auto", 1, 50, None])
 def test_a_refused_call_has_allocated_nothing(available, chunk_size):
     available(100 * MIB)
-    with Watched() as watched, pytest.raises(MemoryLimitError, match=r"hessian: 3000 rows need \d+ MB \(69 MB of result"):
+    with Watched() as watched, pytest.raises(MemoryLimitError, match=r"hessian: 3,000 rows need [\d.]+ MB \(72.0 MB of result"):
         hessian(squares, chunk_size=chunk_size)(numbers(3000))
     assert 0 < watched.numel <= 3000
 
 
 def test_an_impossible_call_is_refused_at_once():
-    with Watched() as watched, pytest.raises(MemoryLimitError, match=r"hessian: 2000000 rows need 30,517,\d\d\d MB"):
+    with Watched() as watched, pytest.raises(MemoryLimitError, match=r"hessian: 2,000,000 rows need 32,000,\d\d\d.\d MB"):
         hessian(squares)(torch.ones(2_000_000, dtype=torch.float64))
     assert 0 < watched.numel <= 2_000_000
 
@@ -336,7 +339,7 @@ def test_an_impossible_call_is_refused_at_once():
 def test_what_is_refused_whole_is_granted_in_parts(available):
     available(70 * MIB)
     x = numbers(2400)
-    with pytest.raises(MemoryLimitError, match="60% of the memory available is 42 MB"):
+    with pytest.raises(MemoryLimitError, match=r"60% of the memory available is 44\.0 MB"):
         hessian(squares)(x)
     out = torch.empty(2400, 2400, dtype=torch.float64)  # what is there already does not count
     hessian(squares, out=out)(x)
@@ -350,18 +353,18 @@ def test_a_limit_given_narrows_the_chunk():
     wide, narrow = (explain(hessian(squares, memory_limit=limit), x) for limit in (None, "33MiB"))
     assert wide.chunk_size > narrow.chunk_size >= 1 and wide.output_bytes == narrow.output_bytes == 2000 * 2000 * 8
     assert narrow.output_bytes + narrow.working_bytes <= 33 * MIB
-    with pytest.raises(MemoryLimitError, match="memory_limit is 30 MB"):
+    with pytest.raises(MemoryLimitError, match=r"memory_limit is 31\.5 MB"):
         hessian(squares, memory_limit=30 * MIB)(x)
 
 
 @pytest.mark.parametrize("verb", [hessian, hessian_rows, hessian_diagonal, hessian_blocks])
 def test_every_call_that_loops_over_chunks_heeds_the_limit(verb):
-    with pytest.raises(MemoryLimitError, match=rf"{verb.__name__}: 2000 rows need"):
+    with pytest.raises(MemoryLimitError, match=rf"{verb.__name__}: 2,000 rows need"):
         verb(squares, memory_limit="20kB")(numbers(2000))
 
 
 def test_what_a_vector_valued_function_needs_is_counted_for_each_output():
-    with pytest.raises(MemoryLimitError, match=r"hessian: 200 rows need \d+ MB \(61 MB of result"):
+    with pytest.raises(MemoryLimitError, match=r"hessian: 200 rows need [\d.]+ MB \(64.0 MB of result"):
         hessian(lambda x: x**3, memory_limit="50MiB")(numbers(200))
 
 
@@ -384,9 +387,9 @@ def test_the_prediction_is_of_the_size_of_what_is_alive(name):
     """The bound is a bound; where it did not fit, what runs on fake tensors is what runs."""
     of = network(NETS[name], numbers(64, 16))
     n = Space.of(of.x).dim
-    told = explain(hessian(of.f, memory_limit=n * n * 8 + 24 * MIB), of.x)
+    told = explain(hessian(of.f, memory_limit=n * n * 8 + 5 * MIB), of.x)
     assert told.estimate == "fake run" and 1 <= told.chunk_size <= n
-    assert told.output_bytes + told.working_bytes <= n * n * 8 + 24 * MIB
+    assert told.output_bytes + told.working_bytes <= n * n * 8 + 5 * MIB
 
 
 def test_a_function_that_branches_on_a_value_is_bounded_without_a_fake_run():

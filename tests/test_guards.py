@@ -137,11 +137,11 @@ def test_a_broken_graph_in_one_leaf_is_a_zero_unless_strict():
 
 def test_replay_gives_every_evaluation_the_same_numbers_and_goes_back():
     before = torch.get_rng_state()
-    replay = Replay("same", [X], "hvp")
-    first = torch.rand(3)
-    replay.rewind()
-    assert torch.equal(torch.rand(3), first)
-    replay.finish(lambda x: x.sum(), (X,))
+    with Replay("same", [X], "hvp") as replay:
+        first = torch.rand(3)
+        replay.rewind()
+        assert torch.equal(torch.rand(3), first)
+        replay.finish(lambda x: x.sum(), (X,))
     assert torch.equal(torch.get_rng_state(), before)
 
 

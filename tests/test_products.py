@@ -106,6 +106,14 @@ def test_results_are_plain_contiguous_tensors(mode, generator):
             assert not t.requires_grad and t.untyped_storage().nbytes() >= t.numel() * t.element_size()
 
 
+@exact_mode
+def test_results_are_plain_where_derivatives_are_views(mode):
+    x, v = numbers(2, 3), numbers(2, 3, seed=1)
+    for f in (lambda x: x.sum() ** 2, lambda x: (x.T @ x).sum(), lambda x: x.sum(), lambda x: (x.T.flip(0) ** 2)[0].sum()):
+        for t in (hvp(f, x, v, mode=mode), *grad_and_hvp(f, x, v, mode=mode)):
+            assert t.is_contiguous() and not t._is_zerotensor() and t.untyped_storage().nbytes() >= 8 * t.numel()
+
+
 def test_a_tangent_may_hold_none_or_the_leaf_at_carried_leaves(generator):
     scenario = by_name("leaves_carried_along")
     v = tangent(scenario.x, generator)

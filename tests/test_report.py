@@ -245,7 +245,7 @@ def test_digits_are_deterministic():
         ("package.module:infinite", "f must be finite at params, got -inf"),
         ("package.module:no_tensor", "params holds no floating tensor"),
         ("package.module:complex_tensor", "params['z'] is complex"),
-        ("package.module:large", "1000000 rows need"),
+        ("package.module:large", "1,000,000 rows need"),
         ("package.module:constant", "does not depend on x"),
         ("package.module:random", "random numbers"),
         ("package.module:kink", "not finite, the first in the block p.q x p.q"),
@@ -260,7 +260,7 @@ def test_what_a_user_got_wrong_is_said_in_one_line(folder, capsys, spec, sentenc
 
 def test_a_limit_on_memory_is_kept(folder, capsys):
     assert report("quadratic", "--memory-limit", "100") == 2
-    assert re.search(r"need .* MB .* memory_limit is 0 MB; report on fewer leaves", capsys.readouterr().err)
+    assert re.search(r"need .* MB .* memory_limit is 0.0 MB; report on fewer leaves", capsys.readouterr().err)
     problem = Problem("squares", lambda x: (x**2).sum(), torch.ones(100))
     with pytest.raises(MemoryError, match="100 eigenvalues need"):
         model_report(problem, folder, memory_limit=100_000, progress=False)

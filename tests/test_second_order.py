@@ -150,6 +150,22 @@ def test_a_vector_valued_function_has_a_hessian_for_each_output(scenario, mode, 
         assert relative_error(H, scenario.hessian) < 1e-13
 
 
+@every_scenario
+@pytest.mark.parametrize("mode", ["auto", FORWARD, REVERSE])
+def test_blocks_have_their_places_under_a_batch_and_with_a_graph_too(scenario, mode):
+    points = tensors(scenario.x)
+
+    def of_leaves(*given: Tensor) -> Any:
+        H = hessian(scenario.f, mode=mode, chunk_size=2)(rebuild(scenario.x, iter(given)), *scenario.args)
+        return tensors(H)
+
+    expected = tensors(scenario.hessian)
+    batched = torch.func.vmap(of_leaves)(*(torch.stack([t, t]) for t in points))
+    assert relative_error(tuple(block[1] for block in batched), expected) < 1e-13
+    watched = of_leaves(*(t.clone().requires_grad_() for t in points))
+    assert relative_error(watched, expected) < 1e-13
+
+
 def test_a_function_that_returns_a_tree_has_a_hessian_for_each_leaf_of_it():
     two, scaled = by_name("two_monomials"), by_name("weighted_gram_matrix")
 
@@ -290,6 +306,8 @@ def test_evenly_spaced_rows_come_with_a_range():
     assert [which for which, _ in stream] == [range(3), range(3, 6), range(6, 7)]
     stream = run(hessian_rows, cube, numbers(7), rows=[0, 2, 4, 5], chunk_size=3)
     assert [which for which, _ in stream] == [range(0, 6, 2), range(5, 6)]
+    stream = run(hessian_rows, cube, numbers(7), rows=[6, 4, 2, 1], chunk_size=3)
+    assert [which for which, _ in stream] == [range(6, 0, -2), range(1, 2)]
     stream = run(hessian_rows, cube, numbers(7), rows=[0, 2, 3], chunk_size=3)
     assert [which for which, _ in stream] == [[0, 2, 3]]
 
@@ -458,6 +476,15 @@ def test_results_are_plain_contiguous_tensors(verb):
                 assert t.untyped_storage().nbytes() >= t.numel() * t.element_size()
 
 
+@every_verb
+@pytest.mark.parametrize("mode", ["auto", FORWARD, REVERSE, DOUBLE])
+def test_results_are_plain_where_derivatives_are_views(verb, mode):
+    x = numbers(2, 3)
+    for f in (lambda x: x.sum() ** 2, lambda x: (x.T @ x).sum(), lambda x: x.sum(), lambda x: (x.T.flip(0) ** 2)[0].sum()):
+        for t in tensors(run(verb, f, x, mode=mode)):
+            assert t.is_contiguous() and not t._is_zerotensor() and t.untyped_storage().nbytes() >= 8 * t.numel()
+
+
 def test_blocks_share_no_storage_so_that_one_may_be_written():
     scenario = by_name("bilinear")
     H = hessian(scenario.f)(scenario.x)
@@ -559,7 +586,7 @@ def test_a_chunk_that_is_no_number_of_rows_is_refused(verb, chunk_size):
 
 @every_verb
 def test_an_unknown_mode_is_refused(verb):
-    with pytest.raises(ValueError, match=r"mode must be 'auto' or one of .*reverse-over-reverse"):
+    with pytest.raises(ValueError, match=r"mode must be 'auto', 'fastest' \(for rows\) or one of .*reverse-over-reverse"):
         run(verb, cube, numbers(3), mode="jacfwd")
 
 
