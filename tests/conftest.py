@@ -11,7 +11,7 @@ import torch
 from oracles import Snapshot, assert_unchanged, snapshot
 from scenarios import SCENARIOS, VECTOR_SCENARIOS
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

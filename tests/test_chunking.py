@@ -368,6 +368,11 @@ def test_what_a_vector_valued_function_needs_is_counted_for_each_output():
         hessian(lambda x: x**3, memory_limit="50MiB")(numbers(200))
 
 
+def test_the_working_set_of_a_vector_valued_function_grows_with_its_outputs():
+    few, many = (explain(hessian(lambda x, m=m: (x**3)[:m], chunk_size=2), numbers(50)).working_bytes for m in (2, 40))
+    assert many > 10 * few
+
+
 def test_memory_is_the_outermost_calls_affair():
     x = numbers(2, 30)
     with pytest.raises(MemoryLimitError):

@@ -159,7 +159,8 @@ def run_all(f: Callable[..., Any], x: Any, v: Any, *args: Any, mode: str) -> lis
     verbs = (fh.hessian, fh.value_grad_and_hessian, fh.hessian_diagonal, fh.hessian_blocks)
     stream = [part for _, part in fh.hessian_rows(f, mode=mode, chunk_size=2)(x, *args)]
     dense = [verb(f, mode=mode, chunk_size=2)(x, *args) for verb in verbs]
-    return [fh.hvp(f, x, v, *args, mode=mode), fh.grad_and_hvp(f, x, v, *args, mode=mode)[1], stream, *dense]
+    g, product = fh.grad_and_hvp(f, x, v, *args, mode=mode)
+    return [fh.hvp(f, x, v, *args, mode=mode), product, stream, *dense, g]
 
 
 @exact_mode
@@ -195,11 +196,14 @@ def test_a_result_can_be_differentiated_with_respect_to_what_f_closes_over(mode)
 
     def sums(w: Tensor) -> Tensor:
         H = w**2 * true_hessian(energy, w * X)
-        return torch.stack([H.sum(), (H @ V).sum(), H.diagonal().sum()])
+        g = w * oracle_gradient(energy, [w * X])[0]
+        return torch.stack([H.sum(), (H @ V).sum(), H.diagonal().sum(), g.sum()])
 
     truth, _ = derivative_by_differences(sums, w.detach(), 1e-3)
     assert relative_error(differentiated(fh.hessian(f, mode=mode)(X)), truth[0]) < 1e-8
     assert relative_error(differentiated(fh.hvp(f, X, V, mode=mode)), truth[1]) < 1e-8
+    assert relative_error(differentiated(fh.grad_and_hvp(f, X, V, mode=mode)[1]), truth[1]) < 1e-8
+    assert relative_error(differentiated(fh.grad_and_hvp(f, X, V, mode=mode)[0]), truth[3]) < 1e-8
     assert relative_error(differentiated(fh.hessian_diagonal(f, mode=mode)(X)), truth[2]) < 1e-8
 
 

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from functional_hess import MissingDerivativeError, RandomnessError, explain, grad_and_hvp, hessian, hvp
+from functional_hess import MissingDerivativeError, RandomnessError, explain, grad_and_hvp, hessian, hvp, value_grad_and_hessian
 from functional_hess.products import MODES
 
 FORWARD, REVERSE, DOUBLE, DIFFERENCE = MODES
@@ -377,6 +377,23 @@ def test_the_mode_that_works_is_remembered(caplog):
         assert torch.equal(hvp(f, x, v), 6 * x * v)
         counts.append(len(calls))
     assert counts[0] > counts[1] == 1
+
+
+def test_what_only_plain_autograd_can_enter_has_its_gradient_and_its_graph_too():
+    def f(x: Tensor) -> tuple[Tensor, str]:
+        return OldStyleCube.apply(x).sum(), "text"
+
+    x, v = numbers(4), numbers(4, seed=1)
+    (g, aux), product = grad_and_hvp(f, x, v, has_aux=True)
+    assert aux == "text" and relative_error((g, product), (3 * x**2, 6 * x * v)) < 1e-14
+    (value, aux), g, H = value_grad_and_hessian(f, has_aux=True)(x)
+    assert aux == "text" and relative_error((value, g, H), ((x**3).sum(), 3 * x**2, torch.diag(6 * x))) < 1e-14
+    assert not any(t.requires_grad for t in (value, g, H, product))
+    watched = x.clone().requires_grad_()
+    (g, _), product = grad_and_hvp(f, watched, v, has_aux=True)
+    _, again, H = value_grad_and_hessian(f, has_aux=True)(watched)
+    for result, slope in ((g, 6 * x), (again, 6 * x), (product, 6 * v), (H, torch.full_like(x, 6.0))):
+        assert relative_error(torch.autograd.grad(result.sum(), watched)[0], slope) < 1e-14
 
 
 def test_plain_autograd_is_refused_inside_another_transform():

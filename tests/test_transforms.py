@@ -153,6 +153,7 @@ def test_argnums_choose_the_arguments(transform: Any) -> None:
     assert close(transform(three, 0)(*POINT), dx)
     assert close(transform(three, argnums=1)(*POINT), dy)
     assert close(transform(three, argnums=-1)(*POINT), dy)
+    assert close(transform(three, argnums=-2)(*POINT), dx)
     assert close(transform(three, argnums=(0,))(*POINT), (dx,))
     assert close(transform(three, argnums=(1, 0))(*POINT), (dy, dx))
     assert close(transform(three, argnums=(0, -1))(*POINT), (dx, dy))
@@ -497,6 +498,12 @@ def test_chunks_are_all_at_once(chunk_size: int | None) -> None:
     assert torch.equal(out["s"], x.sum(1)) and torch.equal(out["x"], x.sin().T)
 
 
+def test_a_chunk_is_one_evaluation() -> None:
+    calls: list[int] = []
+    vmap(lambda x: calls.append(1) or x.sin(), chunk_size=3)(torch.zeros(7))
+    assert len(calls) == 3
+
+
 def test_randomness_is_torchs() -> None:
     draws = {kind: vmap(lambda x: x + torch.rand(2), randomness=kind)(torch.zeros(3)) for kind in ("same", "different")}
     assert torch.equal(draws["same"][0], draws["same"][2])
@@ -680,6 +687,7 @@ def test_zeros_that_are_right_are_no_error(sound: str) -> None:
     assert close(jacrev(f)(x3), expected) and close(jacfwd(f)(x3), expected)
     assert close(jvp(f, (x3,), (y3,))[1], (expected.double() * y3).sum())
     assert close(vjp(f, x3)[1](t(1.0))[0], expected)
+    assert close(linearize(f, x3)[1](y3), (expected.double() * y3).sum())
 
 
 def test_some_leaf_or_output_without_influence_is_no_error() -> None:
@@ -806,6 +814,33 @@ def test_a_first_derivative_in_forward_mode_is_right_where_torchs_rule_is_wrong(
     V = t([[0.3, 0.0], [-0.2, 0.4]])
     expected, _ = oracles.derivative_by_differences(lambda s: torch.cholesky_inverse(A + s * V), t(0.0))
     assert relative_error(jvp(torch.cholesky_inverse, (A,), (V,))[1], expected) < 1e-8
+
+
+def test_a_first_derivative_in_forward_mode_of_a_product_by_index_is_right() -> None:
+    index = torch.tensor([0, 1, 0])
+
+    def product(x: Tensor) -> Tensor:
+        return torch.scatter_reduce(torch.ones(2, dtype=x.dtype), 0, index, x, "prod")
+
+    assert close(jvp(product, (x3,), (y3,))[1], torch.stack([y3[0] * x3[2] + x3[0] * y3[2], y3[1]]))
+
+
+def test_a_first_derivative_in_reverse_mode_is_right_where_torchs_batching_rule_is_wrong() -> None:
+    rows, slices = torch.stack([x3, y3]), t([1.0, 2.0])
+
+    def total(rows: Tensor, slices: Tensor) -> Tensor:
+        return (vmap(lambda row, s: torch.select_scatter(row, s, 0, 1))(rows, slices) ** 2).sum()
+
+    expected = (2 * rows * t([1.0, 0.0, 1.0]), 2 * slices)
+    assert close(grad(total, (0, 1))(rows, slices), expected)
+
+
+def test_torchs_transforms_inside_our_vmap_are_repaired() -> None:
+    def third_of(x: Tensor) -> Tensor:
+        return torch.func.grad(lambda x: y3 @ torch.func.jacrev(torch.func.grad(normed))(x) @ y3)(x)
+
+    expected, _ = oracles.derivative_by_differences(curvature_along, x3)
+    assert relative_error(vmap(third_of)(torch.stack([x3, x3]))[1], expected) < 1e-6
 
 
 # ---------------------------------------------------------------------------------------------------- results

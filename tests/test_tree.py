@@ -336,6 +336,14 @@ def test_blocks_are_views_of_the_matrix() -> None:
     assert blocks["c"]["c"].shape == () and blocks["w"]["c"].shape == (2,)
 
 
+def test_blocks_of_a_mixed_space_have_the_wider_dtype_of_their_leaves() -> None:
+    blocks = Space.of({"f": a.float(), "h": a.bfloat16()}).blocks(torch.eye(4))
+    assert {p: {q: blocks[p][q].dtype for q in "fh"} for p in "fh"} == {
+        "f": {"f": torch.float32, "h": torch.float32},
+        "h": {"f": torch.float32, "h": torch.bfloat16},
+    }
+
+
 # ---------------------------------------------------------------------------------------------------- vectors
 
 SPACE = Space.of({"w": torch.zeros(2, 3), "e": torch.zeros(0), "b": torch.zeros(()), "u": torch.zeros(4)})  # b, e, u, w: n = 11

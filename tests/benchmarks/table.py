@@ -1,7 +1,8 @@
 """Prints the comparison as markdown tables, all of it measured in one run: ``python tests/benchmarks/table.py``.
 
-Every Hessian is compared with that of the N-call loop before anything is timed. Contenders take turns, so that whatever else
-the machine does hits all alike; a time is the median over the rounds. Memory is measured afterwards, in fresh processes.
+Every Hessian is compared with that of the N-call loop before anything is timed. Contenders take turns in an order that is
+drawn anew for each round, so that whatever else the machine does hits all alike; a time is the median over the rounds. Memory
+is measured afterwards, in fresh processes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 import gc
 import os
 import platform
+import random
 import statistics
 import sys
 import time
@@ -68,17 +70,16 @@ def seconds_of(run: Callable[[], Any], repeats: int) -> float:
 
 
 def timed(name: str, rounds: int) -> dict[str, Measured]:
-    """All contenders on one problem, in turns; each round begins with another one."""
+    """All contenders on one problem, in turns; in no fixed order, because a call is slower after some others than after some."""
     problem, instance = PROBLEMS[name], PROBLEMS[name].instance()
     say(f"{name}: preparing and comparing the results")
     runs = {contender: prepare(problem, instance) for contender, prepare in CONTENDERS.items()}
     measured = {contender: Measured([], error) for contender, error in checked_errors(problem, instance, runs).items()}
     repeats = {contender: max(1, round(SHORTEST / seconds_of(run, 1))) for contender, run in runs.items()}
-    order = list(runs)
+    shuffled = random.Random(0)
     for turn in range(rounds):
         say(f"{name}: round {turn + 1} of {rounds}")
-        for i in range(len(order)):
-            contender = order[(i + turn) % len(order)]
+        for contender in shuffled.sample(list(runs), len(runs)):
             measured[contender].seconds.append(seconds_of(runs[contender], repeats[contender]))
     return measured
 
