@@ -11,6 +11,9 @@ leave too few rows for speed, the rows are run once on fake tensors, which alloc
 max(64 MiB, output / 10), and output and working set together within 60 % of what is available (system, cgroup, RLIMIT_AS, or the
 accelerator), or within ``memory_limit``. A call that cannot fit is refused before anything is allocated.
 
+What is predicted is the storages alive. The system's allocator may hold some tens of MB more of what was freed, which a tight
+``memory_limit`` should leave room for.
+
 Within memory, the chunk is the one that keeps a typical intermediate result in the cache: smaller chunks are often faster too.
 """
 
@@ -54,6 +57,7 @@ __all__ = [
 
 MIB = 2**20
 WORKING_SET = 64 * MIB
+NOT_WORTH_ASKING = 16 * MIB  # calls smaller than this do not ask the system what is left
 SHARE_OF_AVAILABLE = 0.6
 CACHE_TARGET_OF_A_THREAD = 1.5 * MIB  # bytes of one batched intermediate result
 CACHE_TARGET_ACCELERATOR = 64.0 * MIB
@@ -305,7 +309,7 @@ def chunk_for(
         raise ValueError(f"{verb}: chunk_size must be 'auto', a positive int or None, got {chunk_size!r}.")
     wish = rows if chunk_size is None else _wish(rows, mean_result, device) if chunk_size == "auto" else min(chunk_size, rows)
     wish = max(1, wish)
-    if memory_limit is None and output + bound.working(wish) <= WORKING_SET:
+    if memory_limit is None and output + bound.working(wish) <= NOT_WORTH_ASKING:
         return wish, bound  # too little to ask the system about
     total = _total(device, memory_limit)
     room = total - output

@@ -46,6 +46,7 @@ _MISSING = tuple(
         r"only supports? once_differentiable|once_differentiable",
         r"don't yet support saved tensor hooks",
         r"does not implement (the )?jvp|Legacy autograd function|must implement (either )?the (jvp|forward)",
+        r"checkpoint computes again with other parameters",
         r"You are attempting to call Tensor\.\w+\(\) .*functorch",
     )
 )

@@ -273,7 +273,8 @@ def hessian_rows(
 
     ``rows`` chooses coordinates in the order of ``Space``: a range, a slice of one, or any ints; all by default. A chunk that is
     evenly spaced comes with a range, any other with a list. Nothing larger than a chunk is held, so H may be larger than memory.
-    With ``has_aux`` the auxiliary result is dropped. The other options are those of :func:`hessian`.
+    With ``has_aux`` the auxiliary result is dropped. Where custom derivative rules make H asymmetric, mode
+    ``"forward-over-reverse"`` gives its columns instead. The other options are those of :func:`hessian`.
 
     Example:
         >>> import torch
@@ -281,7 +282,7 @@ def hessian_rows(
         ...     print(rows, H.tolist())
         range(1, 3) [[0.0, 12.0, 0.0], [0.0, 0.0, 18.0]]
     """
-    options = Options(has_aux, mode, chunk_size, memory_limit, randomness, strict, progress)
+    options = Options(has_aux, mode, chunk_size, memory_limit, randomness, strict, progress, symmetric=False)
 
     def planned(*args: Any, **kwargs: Any) -> Plan:
         problem = look("hessian_rows", f, args, kwargs, argnums, options)

@@ -166,10 +166,16 @@ if hasattr(os, "register_at_fork"):
 
 
 def plain(tensors: Iterable[Tensor]) -> Tensors:
-    """The same tensors without expanded views, zero tensors or strides, if this is the outermost level."""
+    """The same tensors without expanded views, zero tensors, strides or shared storage, if this is the outermost level."""
     if not is_outermost():
         return tuple(tensors)
-    return tuple(_plain(t) for t in tensors)
+    fresh: list[Tensor] = []
+    taken: set[tuple[Any, Any]] = set()
+    for t in map(_plain, tensors):
+        place = (t.untyped_storage()._cdata, t.storage_offset())
+        fresh.append(t.clone() if place in taken and t.numel() else t)  # the gradients of a + b are one tensor
+        taken.add(place)
+    return tuple(fresh)
 
 
 def _plain(t: Tensor) -> Tensor:
@@ -448,12 +454,14 @@ def flat_plain_value_and_grad(
     grad_mode = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.enable_grad():
         alias = _variables(x, grad_mode)
-        value, aux = f(*alias)
+        with _Recomputation() as recomputation:
+            value, aux = f(*alias)
         _require_watched(value, verb)
         outside = grad_mode and _reaches_beyond(value, x, alias)
         variables = alias if wrt is None else [alias[i] for i in wrt]
-        gradient = torch.autograd.grad(value, variables, create_graph=outside, retain_graph=True, materialize_grads=True)
-    return (value if outside else value.detach(), aux), tuple(gradient)
+        with recomputation.watched():
+            gradient = torch.autograd.grad(value, variables, create_graph=outside, retain_graph=True, materialize_grads=True)
+    return (value if outside else value.detach(), aux), gradient
 
 
 def flat_double_backward(
@@ -466,27 +474,68 @@ def flat_double_backward(
     grad_mode = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.enable_grad(), repaired(always=True):
         alias = _variables(x, grad_mode)
-        value, _ = f(*alias)
+        with _Recomputation() as recomputation:
+            value, _ = f(*alias)
         _require_watched(value, verb)
         _require_twice_differentiable(value)
         outside = grad_mode and _reaches_beyond(value, x, alias)
-        gradient = torch.autograd.grad(value, [alias[i] for i in rows], create_graph=True, materialize_grads=True)
+        with recomputation.watched():
+            gradient = _backward([value], [alias[i] for i in rows], [torch.ones_like(value)], create_graph=True)
 
     def product(v: Tensors) -> Tensors:
         pairs = [(g, u) for g, u in zip(gradient, v, strict=True) if g.requires_grad]
         if not pairs:
             return tuple(torch.zeros_like(x[i]) for i in columns)
-        with torch.inference_mode(False), torch.enable_grad(), repaired(always=True):
-            return torch.autograd.grad(
-                [g for g, _ in pairs],
-                [alias[i] for i in columns],
-                [u.clone() if u.is_inference() else u for _, u in pairs],
-                retain_graph=True,
-                create_graph=outside,
-                materialize_grads=True,
-            )
+        with torch.inference_mode(False), torch.enable_grad(), repaired(always=True), recomputation.watched():
+            cotangents = [u.clone() if u.is_inference() else u for _, u in pairs]
+            return _backward([g for g, _ in pairs], [alias[i] for i in columns], cotangents, create_graph=outside)
 
     return product
+
+
+def _backward(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], *, create_graph: bool
+) -> Tensors:
+    """``torch.autograd.grad`` with the graph kept, but with our modes active inside, for parts that are computed again there."""
+    found = torch.autograd.graph._engine_run_backward(
+        tuple(outputs), tuple(cotangents), True, create_graph, tuple(inputs), True, accumulate_grad=False
+    )
+    return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(found, inputs, strict=True))
+
+
+class _Recomputation(TorchFunctionMode):
+    """Refuses checkpointing that computes again with other parameters than f used.
+
+    A checkpointed function runs again during the backward pass, when ``functional_call`` has put the module's own parameters
+    back; torch then differentiates at those, without a word. Parameters that f never met give it away.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.met: dict[int, Tensor] = {}
+        self.again = False
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        self.again = True
+        with self:
+            yield
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        self._meet((*args, *(kwargs or {}).values()))
+        return func(*args, **(kwargs or {}))
+
+    def _meet(self, args: Iterable[Any]) -> None:
+        for arg in args:
+            if isinstance(arg, (tuple, list)):
+                self._meet(arg)
+            elif isinstance(arg, torch.nn.Parameter):
+                if self.again and id(arg) not in self.met:
+                    raise NotImplementedError(
+                        "a checkpoint computes again with other parameters than f was called with (torch.func.functional_call "
+                        "has put the module's own back); checkpoint functions of their parameters instead"
+                    )
+                self.met[id(arg)] = arg
 
 
 def _variables(x: Tensors, keep_graph: bool) -> Tensors:

@@ -592,3 +592,37 @@ def test_a_retry_replays_the_draw():
 def test_an_unknown_kind_of_randomness_is_refused():
     with pytest.raises(ValueError, match="hvp: randomness must be 'error', 'same' or 'different', got 'none'"):
         hvp(lambda x: x.sum(), torch.ones(2), torch.ones(2), randomness="none")
+
+
+class Checkpointed(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = torch.nn.Linear(3, 2, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(lambda x: torch.tanh(self.a(x)), x, use_reentrant=False).sum()
+
+
+def test_a_checkpoint_that_computes_again_with_other_parameters_is_refused():
+    """functional_call puts the module's own parameters back before the backward pass runs the checkpointed part again."""
+    net, data = Checkpointed(), numbers(4, 3)
+    x = {name: 2 * p.detach() for name, p in net.named_parameters()}
+
+    def f(x: Any) -> Tensor:
+        return torch.func.functional_call(net, x, (data,))
+
+    for call in (lambda: hvp(f, x, x), lambda: grad_and_hvp(f, x, x), lambda: hessian(f)(x)):
+        with pytest.raises(MissingDerivativeError, match="computes again with other parameters"):
+            call()
+
+
+def test_repairs_are_active_where_a_checkpoint_computes_again():
+    def hidden(x: Tensor, w: Tensor) -> Tensor:
+        return F.layer_norm(x * x.roll(1), (3,), w).sin()
+
+    def f(x: Tensor) -> Tensor:
+        return (checkpoint(hidden, x, x[0], use_reentrant=False) ** 2).sum()
+
+    x, v = numbers(2, 3), numbers(2, 3, seed=1)
+    H = hessian_by_differences(f, [x])[0][0].reshape(6, 6)
+    assert relative_error(hvp(f, x, v), (H @ v.flatten()).reshape(2, 3)) < 1e-8

@@ -874,6 +874,21 @@ def test_derivatives_are_plain_tensors() -> None:
         result.add_(1)  # one may write to it
 
 
+def test_leaves_of_a_derivative_share_no_storage() -> None:
+    """The gradients of f(a + b) in a and b are equal, and writing to one must not write to the other."""
+    x = {"a": x3, "b": y3, "e": torch.zeros(0), "f": torch.zeros(0)}
+
+    def f(x: dict[str, Tensor]) -> Tensor:
+        return ((x["a"] + x["b"]) ** 2).sum()
+
+    for g in (grad(f)(x), vjp(f, x)[1](t(1.0))[0], jacrev(f)(x), jacfwd(f)(x), hvp(f, x, x)):
+        before = g["b"].clone()
+        g["a"].zero_()
+        assert torch.equal(g["b"], before) and float(before.abs().sum()) > 0
+    _, tangent = jvp(lambda x: (x["a"] * 2, {"again": x["a"] * 2}), (x,), (x,))
+    assert tangent[0].data_ptr() != tangent[1]["again"].data_ptr()
+
+
 def test_carried_leaves_share_nothing_with_inner_levels() -> None:
     out, _ = vjp(lambda x: {"i": (x > 0), "y": x * 2}, x3)
     assert not torch._C._functorch.is_functorch_wrapped_tensor(out["i"])
