@@ -81,6 +81,7 @@ def timed(name: str, rounds: int) -> dict[str, Measured]:
         say(f"{name}: round {turn + 1} of {rounds}")
         for contender in shuffled.sample(list(runs), len(runs)):
             measured[contender].seconds.append(seconds_of(runs[contender], repeats[contender]))
+    say(f"{name}: " + "; ".join(f"{c} {time_cell(measured, c, c in problem.wrong)}" for c in measured))
     return measured
 
 
