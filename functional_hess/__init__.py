@@ -3,6 +3,8 @@
 from functional_hess import testing, tree
 from functional_hess.chunking import MemoryLimitError
 from functional_hess.guards import MissingDerivativeError, RandomnessError
+from functional_hess.jacobians import jacfwd, jacrev
+from functional_hess.levels import DependenceError
 from functional_hess.products import grad_and_hvp, hvp
 from functional_hess.second_order import (
     explain,
@@ -12,7 +14,7 @@ from functional_hess.second_order import (
     hessian_rows,
     value_grad_and_hessian,
 )
-from functional_hess.transforms import DependenceError, grad, jacfwd, jacrev, jvp, linearize, value_and_grad, vjp, vmap
+from functional_hess.transforms import grad, jvp, linearize, value_and_grad, vjp, vmap
 from functional_hess.tree import Space, partition, register
 
 __all__ = [

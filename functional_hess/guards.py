@@ -7,7 +7,7 @@
 * :class:`Replay` keeps random functions honest: every evaluation of f sees the same state of the generator, or randomness is
   refused; the caller's generator is left as it was found.
 
-The check that f depends on its argument at all lives with the transforms, inside whose levels alone it can be asked.
+The check that f depends on its argument at all lives with the levels of differentiation, inside which alone it can be asked.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functional_hess.transforms import flat_vmap
+from functional_hess.levels import flat_vmap
 
 __all__ = [
     "MissingDerivativeError",

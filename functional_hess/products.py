@@ -29,9 +29,7 @@ import torch
 from torch import Tensor
 
 from functional_hess.guards import RandomnessError, Replay, missing_rule, no_mode_left, randomness_message
-from functional_hess.transforms import (
-    Bound,
-    bind,
+from functional_hess.levels import (
     flat_double_backward,
     flat_jvp,
     flat_plain_value_and_grad,
@@ -41,6 +39,7 @@ from functional_hess.transforms import (
     is_outermost,
     plain,
 )
+from functional_hess.transforms import Bound, bind
 from functional_hess.tree import tensors_of
 
 __all__ = ["MODES", "Product", "first_mode_that_works", "grad_and_hvp", "hvp", "product_at", "rows_of", "value_and_gradient"]

@@ -210,7 +210,7 @@ def test_a_generator_of_the_functions_own_is_its_own_affair():
 
 
 def test_a_thread_that_f_starts_and_awaits_in_forward_mode_is_named_as_the_cause(monkeypatch):
-    monkeypatch.setattr("functional_hess.transforms.FORWARD_MODE_TIMEOUT", 0.05)
+    monkeypatch.setattr("functional_hess.levels.FORWARD_MODE_TIMEOUT", 0.05)
     seen: list[BaseException] = []
 
     def inner() -> None:

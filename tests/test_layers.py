@@ -20,8 +20,9 @@ PACKAGE = "functional_hess"
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("tree", "coloring", "repairs"),
+    ("levels",),
     ("transforms",),
-    ("guards", "chunking", "prepare", "modules"),
+    ("jacobians", "guards", "chunking", "prepare", "modules"),
     ("products",),
     ("risk", "taylor", "sparsity", "rows"),
     ("lifting",),
@@ -43,12 +44,12 @@ EXTRAS = {"matplotlib", "scipy", "sklearn", "tqdm"}
 # What only one module may touch, by import or by attribute. torch.vmap is torch.func.vmap under another name.
 SEAMS = {
     "optree": "tree",
-    "torch.func": "transforms",
-    "torch.autograd": "transforms",
-    "torch.vmap": "transforms",
-    "torch._functorch": "transforms",
-    "torch._C._functorch": "transforms",
-    "functorch": "transforms",
+    "torch.func": "levels",
+    "torch.autograd": "levels",
+    "torch.vmap": "levels",
+    "torch._functorch": "levels",
+    "torch._C._functorch": "levels",
+    "functorch": "levels",
 }
 
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "misc", "base", "types", "_src"}
@@ -150,7 +151,7 @@ def lateness(module: str, source: str) -> list[str]:
 
 
 def seams(module: str, source: str) -> list[str]:
-    """Only `tree` touches optree, and only `transforms` touches the machinery of derivatives."""
+    """Only `tree` touches optree, and only `levels` touches the machinery of derivatives."""
     tree, touched = ast.parse(source), []
     names: dict[str, str] = {}
     for node in ast.walk(tree):
@@ -251,7 +252,7 @@ def test_module_keeps_to_its_floor(checker, module, source):
 
 
 def test_package_holds_the_modules_it_is_made_of():
-    assert {"__init__", "tree", "transforms"} <= set(sources())
+    assert {"__init__", "tree", "levels", "transforms"} <= set(sources())
 
 
 def test_roof_holds_names_only():
@@ -317,20 +318,21 @@ CONTRACT = '"""A docstring."""\n\n__all__ = ["f"]\n\n\ndef f(): ...\n'
         (seams, "products", "import optree", "only by tree.py"),
         (seams, "products", "from optree import tree_map", "only by tree.py"),
         (seams, "products", "import optree.pytree as pytree", "only by tree.py"),
-        (seams, "products", "import torch.func", "only by transforms.py"),
-        (seams, "products", "from torch import func", "only by transforms.py"),
-        (seams, "products", "from torch.func import grad", "only by transforms.py"),
-        (seams, "products", "import torch\ntorch.func.grad", "only by transforms.py"),
-        (seams, "products", "import torch as t\ng = t.autograd.grad", "only by transforms.py"),
-        (seams, "products", "def f():\n    import torch as t\n    return t.autograd", "only by transforms.py"),
-        (seams, "products", "import torch\n@torch.vmap\ndef f(): ...", "only by transforms.py"),
-        (seams, "products", "import torch\ngetattr(torch, 'func').grad", "only by transforms.py"),
-        (seams, "products", "from torch import _C\n_C._functorch.maybe_current_level()", "only by transforms.py"),
-        (seams, "products", "from torch._C import _functorch", "only by transforms.py"),
-        (seams, "products", "import torch._functorch.config", "only by transforms.py"),
-        (seams, "products", "import functorch", "only by transforms.py"),
+        (seams, "products", "import torch.func", "only by levels.py"),
+        (seams, "products", "from torch import func", "only by levels.py"),
+        (seams, "products", "from torch.func import grad", "only by levels.py"),
+        (seams, "products", "import torch\ntorch.func.grad", "only by levels.py"),
+        (seams, "products", "import torch as t\ng = t.autograd.grad", "only by levels.py"),
+        (seams, "products", "def f():\n    import torch as t\n    return t.autograd", "only by levels.py"),
+        (seams, "products", "import torch\n@torch.vmap\ndef f(): ...", "only by levels.py"),
+        (seams, "products", "import torch\ngetattr(torch, 'func').grad", "only by levels.py"),
+        (seams, "products", "from torch import _C\n_C._functorch.maybe_current_level()", "only by levels.py"),
+        (seams, "products", "from torch._C import _functorch", "only by levels.py"),
+        (seams, "products", "import torch._functorch.config", "only by levels.py"),
+        (seams, "products", "import functorch", "only by levels.py"),
         (seams, "transforms", "import optree", "only by tree.py"),
-        (seams, "tree", "import torch\ntorch.func.grad", "only by transforms.py"),
+        (seams, "transforms", "import torch\ntorch.func.grad", "only by levels.py"),
+        (seams, "tree", "import torch\ntorch.func.grad", "only by levels.py"),
     ],
 )
 def test_checker_objects(checker, module, source, complaint):
@@ -348,7 +350,7 @@ def test_checker_objects(checker, module, source, complaint):
         (imports, "products", "from functional_hessian import f"),
         (lateness, "plots", "import json\n\n\ndef f():\n    import matplotlib.pyplot as plt"),
         (seams, "tree", "import optree\nfrom optree import tree_map"),
-        (seams, "transforms", "import torch\nfrom torch.func import grad\ntorch.autograd.grad"),
+        (seams, "levels", "import torch\nfrom torch.func import grad\ntorch.autograd.grad"),
         (seams, "products", "import torch\ntorch.function\ntorch.nn.functional.softplus"),
         (seams, "products", "from torch.overrides import TorchFunctionMode\nimport torch._subclasses"),
         (seams, "products", "def f(torch):\n    return self.func.autograd"),

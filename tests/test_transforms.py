@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import functional_hess as fh
-from functional_hess import DependenceError, grad, hvp, jacfwd, jacrev, jvp, linearize, transforms, value_and_grad, vjp, vmap
-from functional_hess.transforms import repaired
+from functional_hess import DependenceError, grad, hvp, jacfwd, jacrev, jvp, levels, linearize, value_and_grad, vjp, vmap
+from functional_hess.levels import repaired
 from functional_hess.tree import Space
 
 ALL = SCENARIOS + VECTOR_SCENARIOS
@@ -967,7 +967,7 @@ def test_errors_of_the_function_pass_untouched() -> None:
     for call in FIRST_ORDER.values():
         with pytest.raises(Mine):
             call(f)
-    assert transforms.is_outermost()
+    assert levels.is_outermost()
     assert close(grad(quartic)(x3), grad(quartic)(x3))
 
 
@@ -994,7 +994,7 @@ def test_eight_threads_have_480_right_products(kind: str) -> None:
 
 
 def test_a_worker_inside_forward_mode_gets_an_error_that_names_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transforms, "FORWARD_MODE_TIMEOUT", 0.2)
+    monkeypatch.setattr(levels, "FORWARD_MODE_TIMEOUT", 0.2)
 
     def f(x: Tensor) -> Tensor:
         with ThreadPoolExecutor(1) as pool:
@@ -1017,7 +1017,7 @@ def test_the_lock_waits_for_the_other_thread(monkeypatch: pytest.MonkeyPatch) ->
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(lambda: jvp(slow, (x3,), (y3,))[1])
         assert inside.wait(10)
-        monkeypatch.setattr(transforms, "FORWARD_MODE_TIMEOUT", 0.05)
+        monkeypatch.setattr(levels, "FORWARD_MODE_TIMEOUT", 0.05)
         with pytest.raises(RuntimeError, match="waited"):
             jvp(torch.sin, (x3,), (y3,))
         assert close(grad(quartic)(x3), GRAPHS["grad"](x3))  # reverse mode asks for no lock
@@ -1032,8 +1032,8 @@ def test_the_lock_is_reentrant() -> None:
 
 FORKED = """
 import os, threading, torch, warnings
-from functional_hess import jvp, transforms
-transforms.FORWARD_MODE_TIMEOUT = 5.0
+from functional_hess import jvp, levels
+levels.FORWARD_MODE_TIMEOUT = 5.0
 inside, go = threading.Event(), threading.Event()
 def slow(x):
     inside.set(); go.wait(30)
@@ -1045,7 +1045,7 @@ warnings.simplefilter("ignore", DeprecationWarning)
 child = os.fork()
 if child == 0:
     try:
-        with transforms._FORWARD_MODE:
+        with levels._FORWARD_MODE:
             os._exit(7)
     except RuntimeError:
         os._exit(1)
