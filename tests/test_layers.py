@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "functional_hess"
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("tree", "coloring", "repairs"),
+    ("tree", "coloring", *(f"repaired_{kind}" for kind in ("distances", "gathers", "losses", "matrices", "norms", "sequences"))),
+    ("repairs",),
     ("levels",),
     ("transforms",),
     ("jacobians", "guards", "chunking", "prepare", "modules"),

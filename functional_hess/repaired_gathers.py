@@ -1,0 +1,103 @@
+"""Gathering, scattering and reducing by index as compositions of differentiable operators.
+
+GATHERS : the name of an aten operator -> its composition, by the contract of :mod:`functional_hess.repairs`
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["GATHERS"]
+
+
+def _embedding_bag(
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    scale_grad_by_freq: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Any:
+    """Sum (0), mean (1) or maximum (2) of each bag's rows, `padding_idx` left out: no second derivative in any mode.
+
+    None stands for each of the kernel's other three outputs, which are bookkeeping for its backward.
+    """
+    if scale_grad_by_freq or sparse or indices.dim() != 1 or offsets.dim() != 1 or (per_sample_weights is not None and mode):
+        return NotImplemented
+    bags = offsets.shape[0] - include_last_offset
+    bag = (
+        torch.searchsorted(offsets[:bags].contiguous(), torch.arange(len(indices), device=indices.device).to(offsets), right=True)
+        - 1
+    )
+    rows = weight[indices]
+    rows = rows if per_sample_weights is None else rows * per_sample_weights.unsqueeze(-1)
+    counted = torch.ones_like(indices, dtype=torch.bool) if padding_idx is None else indices != padding_idx % weight.shape[0]
+    zeros = rows.new_zeros((bags, weight.shape[1]))
+    counts = rows.new_zeros(bags).index_add(0, bag, counted.to(rows.dtype)).unsqueeze(-1)
+    if mode == 2:
+        rows = rows.masked_fill(~counted.unsqueeze(-1), -math.inf)
+        largest = (zeros - math.inf).scatter_reduce(0, bag.unsqueeze(-1).expand_as(rows), rows, "amax")
+        return largest.masked_fill(counts == 0, 0.0), None, None, None
+    total = zeros.index_add(0, bag, rows.masked_fill(~counted.unsqueeze(-1), 0.0))
+    return (total / counts.clamp(min=1) if mode else total), None, None, None
+
+
+def _scatter_reduce(input: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, *, include_self: bool = True) -> Any:
+    """y_j = x_j prod of s_k over index_k = j, by masks of j times k: the kernel's forward mode is wrong."""
+    if reduce != "prod" or not input.dim() or index.dim() != input.dim() or src.dim() != input.dim():
+        return NotImplemented
+    dim, sizes = dim % input.dim(), index.shape
+    if any(sizes[d] > src.shape[d] or (d != dim and sizes[d] > input.shape[d]) for d in range(input.dim())):
+        return NotImplemented
+    source, place = (
+        src[tuple(slice(n) for n in sizes)].movedim(dim, -1).unsqueeze(-2),
+        index.movedim(dim, -1).unsqueeze(-2),
+    )
+    hit = place == torch.arange(input.shape[dim], device=input.device).unsqueeze(-1)
+    factor = torch.where(hit, source, 1.0).prod(-1).movedim(-1, dim)
+    touched = hit.any(-1).movedim(-1, dim)
+    for d in range(input.dim()):  # beyond the index nothing is scattered
+        rest = (*factor.shape[:d], input.shape[d] - factor.shape[d], *factor.shape[d + 1 :])
+        factor, touched = (
+            torch.cat([factor, factor.new_ones(rest)], d),
+            torch.cat([touched, touched.new_zeros(rest)], d),
+        )
+    return input * factor if include_self else torch.where(touched, factor, input)
+
+
+def _index_reduce(input: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, *, include_self: bool = True) -> Any:
+    """`scatter_reduce` with one index for whole slices: the kernel has no forward-mode rule."""
+    if not input.dim() or index.dim() != 1 or source.dim() != input.dim() or index.shape[0] != source.shape[dim]:
+        return NotImplemented
+    place = index.reshape([-1 if d == dim % input.dim() else 1 for d in range(input.dim())]).expand_as(source)
+    answer = _scatter_reduce(input, dim, place, source, reduce, include_self=include_self)
+    return input.scatter_reduce(dim, place, source, reduce, include_self=include_self) if answer is NotImplemented else answer
+
+
+def _select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Any:
+    """x with its slice `index` along `dim` replaced by s: reverse mode over its batching rule is wrong."""
+    if not input.dim() or not -input.shape[dim] <= index < input.shape[dim] or input.select(dim, index).shape != src.shape:
+        return NotImplemented
+    place = [1] * input.dim()
+    place[dim] = input.shape[dim]
+    chosen = torch.arange(input.shape[dim], device=input.device).reshape(place) == index % input.shape[dim]
+    return torch.where(chosen, src.unsqueeze(dim), input)
+
+
+GATHERS: Mapping[str, Callable[..., Any]] = MappingProxyType(
+    {
+        "embedding_bag": _embedding_bag,
+        "scatter_reduce": _scatter_reduce,
+        "index_reduce": _index_reduce,
+        "select_scatter": _select_scatter,
+    }
+)
