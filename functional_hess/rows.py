@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,6 +87,11 @@ class Problem:
     def verb(self) -> str:
         return self.bound.verb
 
+    @property
+    def is_scalar(self) -> bool:
+        """Whether f returns a scalar tensor."""
+        return isinstance(self.seen.value, Tensor) and self.seen.value.dim() == 0
+
     def replay(self) -> Replay:
         return Replay(self.options.randomness, self.bound.x, self.verb)
 
@@ -122,9 +127,13 @@ class Chunk:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a call is going to do: which rows against which columns, how many at once, in how much memory (bytes)."""
+    """What a call is going to do: which rows against which columns, how many at once, in how much memory (bytes).
+
+    ``columns`` has the leaves that are wanted for each leaf with rows; the groups may compute more beside them.
+    """
 
     problem: Problem
+    columns: Mapping[int, tuple[int, ...]]
     groups: tuple[Group, ...]
     chunk: int
     estimate: Estimate
@@ -171,9 +180,11 @@ def plan_rows(problem: Problem, wanted: Wanted, output: int, *, copies: int = 1)
     """
     options, seen, x = problem.options, problem.seen, problem.bound.x
     total = sum(len(piece) for piece, _ in wanted)
+    columns = {piece.leaf: leaves for piece, leaves in wanted}
     if not is_outermost():
         chunk = options.chunk_size if isinstance(options.chunk_size, int) else max(total, 1)
-        return Plan(problem, _grouped(wanted, chunk), chunk, Estimate(0, 0, "left to the outermost call"), output)
+        left = Estimate(0, 0, "left to the outermost call")
+        return Plan(problem, columns, _grouped(wanted, chunk), chunk, left, output)
     bound = closed_bound(sum(t.numel() * t.element_size() for t in x), seen.saved)
     bound = dataclasses.replace(bound, per_row=bound.per_row * copies)
     whole = _grouped(wanted, total)
@@ -188,7 +199,7 @@ def plan_rows(problem: Problem, wanted: Wanted, output: int, *, copies: int = 1)
         memory_limit=options.memory_limit,
         chunk_size=options.chunk_size,
     )
-    return Plan(problem, _grouped(wanted, chunk), chunk, estimate, output)
+    return Plan(problem, columns, _grouped(wanted, chunk), chunk, estimate, output)
 
 
 def _grouped(wanted: Wanted, chunk: int) -> tuple[Group, ...]:

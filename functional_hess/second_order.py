@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functional_hess.blocks import Blocks, require_out
 from functional_hess.chunking import megabytes, progress_bar
 from functional_hess.products import (
     FORWARD_OVER_REVERSE,
@@ -33,8 +34,8 @@ from functional_hess.products import (
     rows_of,
     value_and_gradient,
 )
-from functional_hess.rows import BY_COLUMNS, Chunk, Options, Plan, Problem, chunks_of, evaluate, look, plan_rows, try_one_row
-from functional_hess.transforms import flat_vmap, is_outermost, plain
+from functional_hess.rows import BY_COLUMNS, Options, Plan, Problem, chunks_of, evaluate, look, plan_rows, try_one_row
+from functional_hess.transforms import flat_vmap, plain
 from functional_hess.tree import Piece, Space, flat
 
 __all__ = [
@@ -49,91 +50,6 @@ __all__ = [
 
 Tree = Any
 Tensors = tuple[Tensor, ...]
-
-
-# ---------------------------------------------------------------------------------------------------- where rows go
-
-
-class _Blocks:
-    """Blocks of H by pair of leaves: preallocated where they may be written, lists of parts where a graph must follow."""
-
-    def __init__(self, space: Space, out: Tensor | None, symmetric: bool, in_place: bool) -> None:
-        self.space, self.out, self.symmetric, self.in_place = space, out, symmetric, in_place
-        self.written: dict[tuple[int, int], Tensor] = {}
-        self.parts: dict[tuple[int, int], list[Tensor]] = {}
-        self.by_columns = False
-
-    def add(self, chunk: Chunk) -> None:
-        row = 0
-        self.by_columns = chunk.by_columns and not self.symmetric
-        for piece in chunk.pieces:
-            for column, values in zip(chunk.columns, chunk.values, strict=True):
-                self._add(piece, column, flat(values[row : row + len(piece)]))
-            row += len(piece)
-
-    def _add(self, piece: Piece, column: int, rows: Tensor) -> None:
-        if rows.requires_grad and self.out is not None:
-            raise ValueError(_out_cannot("hessian"))
-        if not self.in_place or rows.requires_grad:
-            self.in_place = False
-            self.parts.setdefault((piece.leaf, column), []).append(rows)
-            return
-        start, stop = piece.indices[0], piece.indices[-1] + 1
-        if self.by_columns:
-            self._matrix(column, piece.leaf)[:, start:stop].copy_(rows.T)
-        else:
-            self._matrix(piece.leaf, column)[start:stop].copy_(rows)
-
-    def _matrix(self, p: int, q: int) -> Tensor:
-        """The block (p, q) as a matrix that can be written."""
-        space = self.space
-        if (p, q) not in self.written:
-            if self.out is not None:
-                rows = self.out[space.offsets[p] : space.offsets[p] + space.sizes[p]]
-                self.written[p, q] = rows[:, space.offsets[q] : space.offsets[q] + space.sizes[q]]
-            else:
-                dtype = torch.promote_types(space.dtypes[p], space.dtypes[q])
-                self.written[p, q] = torch.empty(space.sizes[p], space.sizes[q], dtype=dtype, device=space.devices[p])
-        return self.written[p, q]
-
-    def block(self, p: int, q: int) -> Tensor:
-        """The finished block in its shape; mirrored from (q, p) if only that was computed."""
-        space = self.space
-        shape = space.shapes[p] + space.shapes[q]
-        if 0 in shape:
-            return torch.zeros(shape, dtype=torch.promote_types(space.dtypes[p], space.dtypes[q]), device=space.devices[p])
-        if self.parts:
-            return self._joined(p, q).reshape(shape)
-        if (p, q) not in self.written:
-            self._matrix(p, q).copy_(self.written[q, p].T)
-        block = self.written[p, q].unflatten(0, space.shapes[p] or (1,)).unflatten(-1, space.shapes[q] or (1,))
-        block = block if space.shapes[q] else block.squeeze(-1)
-        return block if space.shapes[p] else block.squeeze(0)
-
-    def _joined(self, p: int, q: int) -> Tensor:
-        dtype = torch.promote_types(self.space.dtypes[p], self.space.dtypes[q])
-        mirrored = (p, q) not in self.parts if not self.by_columns else True
-        joined = torch.cat(self.parts[(q, p) if mirrored else (p, q)]).to(dtype)
-        return plain([joined.T if mirrored else joined])[0]
-
-
-def _out_cannot(verb: str) -> str:
-    return (
-        f"{verb}: out= cannot carry a graph or a batch, so it belongs to the outermost call. Leave it out here, or call under "
-        "torch.no_grad() if a leaf, or a tensor that f closes over, requires grad."
-    )
-
-
-def _require_out(problem: Problem, out: Tensor) -> None:
-    verb, space = problem.verb, problem.space
-    want = (space.dim, space.dim)
-    if not _is_scalar(problem.seen.value):
-        raise ValueError(f"{verb}: out= holds one (n, n) matrix, so f must return a scalar.")
-    if not _may_write(problem.bound.x):
-        raise ValueError(_out_cannot(verb))
-    if tuple(out.shape) != want or out.dtype != space.dtype or out.device != space.device:
-        got = f"shape {tuple(out.shape)}, {out.dtype}, {out.device}"
-        raise ValueError(f"{verb}: out must have shape {want}, {space.dtype}, {space.device}, got {got}.")
 
 
 # ---------------------------------------------------------------------------------------------------- the public calls
@@ -194,13 +110,13 @@ def hessian(
     def planned(*args: Any, **kwargs: Any) -> Plan:
         problem = look("hessian", f, args, kwargs, argnums, options)
         if out is not None:
-            _require_out(problem, out)
+            require_out(problem, out)
         return _dense_plan(problem, symmetric, out)
 
     @functools.wraps(f, updated=())
     def transformed(*args: Any, **kwargs: Any) -> Any:
         plan = planned(*args, **kwargs)
-        H = _dense(plan, symmetric, out) if _is_scalar(plan.problem.seen.value) else _dense_of_each_output(plan)
+        H = _dense(plan, symmetric, out) if plan.problem.is_scalar else _dense_of_each_output(plan)
         return (H, plan.problem.seen.aux) if has_aux else H
 
     return _explainable(transformed, planned)
@@ -408,7 +324,7 @@ def hessian_blocks(
         chosen = [(leaf, leaf) for leaf in space.leaves] if pairs is None else _matching(space, pairs)
         against: dict[int, set[int]] = {}
         for p, q in chosen:
-            row, column = (p, q) if space.sizes[p] <= space.sizes[q] else (q, p)
+            row, column = sorted((p, q), key=lambda leaf: (space.sizes[leaf], leaf))
             against.setdefault(row, set()).add(column)
         wanted = [(_whole(space, leaf), tuple(sorted(against[leaf]))) for leaf in problem.seen.order if leaf in against]
         return plan_rows(problem, wanted, output=sum(_bytes_of(space, p, q) for p, q in chosen))
@@ -417,7 +333,7 @@ def hessian_blocks(
     def transformed(*args: Any, **kwargs: Any) -> Any:
         plan = planned(*args, **kwargs)
         space = plan.problem.space
-        blocks = _Blocks(space, None, True, _may_write(plan.problem.bound.x))
+        blocks = Blocks(plan.problem, plan.columns)
         chosen = {(leaf, leaf) for leaf in space.leaves} if pairs is None else set(_matching(space, pairs))
         for chunk in evaluate(plan):
             blocks.add(chunk)
@@ -445,13 +361,9 @@ def _matching(space: Space, pairs: Sequence[tuple[str, str]]) -> list[tuple[int,
 # ---------------------------------------------------------------------------------------------------- the dense Hessian
 
 
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 0
-
-
 def _require_scalar_value(problem: Problem) -> None:
     value = problem.seen.value
-    if not _is_scalar(value):
+    if not problem.is_scalar:
         got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(
             f"{problem.verb}: f must return a scalar tensor (shape ()), got {got}. hessian takes vector-valued f too."
@@ -462,10 +374,6 @@ def _whole(space: Space, leaf: int) -> Piece:
     return Piece(leaf, range(space.sizes[leaf]))
 
 
-def _may_write(x: Tensors) -> bool:
-    return is_outermost() and not (torch.is_grad_enabled() and any(t.requires_grad for t in x))
-
-
 def _bytes_of(space: Space, p: int, q: int) -> int:
     return space.sizes[p] * space.sizes[q] * torch.promote_types(space.dtypes[p], space.dtypes[q]).itemsize
 
@@ -473,7 +381,7 @@ def _bytes_of(space: Space, p: int, q: int) -> int:
 def _dense_plan(problem: Problem, symmetric: bool, out: Tensor | None) -> Plan:
     space, order = problem.space, problem.seen.order
     output = sum(_bytes_of(space, p, q) for p in space.leaves for q in space.leaves)
-    if not _is_scalar(problem.seen.value):
+    if not problem.is_scalar:
         outputs = Space.of(problem.seen.value, "f(x)").dim
         wanted = [(_whole(space, leaf), tuple(space.leaves)) for leaf in space.leaves]
         return plan_rows(problem, wanted, output=output * outputs, copies=max(1, outputs))
@@ -483,7 +391,7 @@ def _dense_plan(problem: Problem, symmetric: bool, out: Tensor | None) -> Plan:
 
 def _dense(plan: Plan, symmetric: bool, out: Tensor | None) -> Tree:
     space = plan.problem.space
-    blocks = _Blocks(space, out, symmetric, _may_write(plan.problem.bound.x))
+    blocks = Blocks(plan.problem, plan.columns, symmetric=symmetric, out=out)
     for chunk in evaluate(plan):
         blocks.add(chunk)
     return space.unpack([space.unpack([blocks.block(p, q) for q in space.leaves]) for p in space.leaves])
@@ -597,7 +505,7 @@ def explain(transformed: Callable[..., Any], *args: Any, **kwargs: Any) -> Expla
         )
     plan: Plan = planned(*args, **kwargs)
     problem = plan.problem
-    scalar = _is_scalar(problem.seen.value)
+    scalar = problem.is_scalar
     mode, repairs = try_one_row(plan) if scalar and plan.groups else (problem.options.mode, ())
     return Explanation(
         verb=problem.verb,

@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("jacobians", "guards", "chunking", "prepare", "modules"),
     ("products",),
     ("risk", "taylor", "sparsity", "rows"),
-    ("lifting",),
+    ("lifting", "blocks"),
     ("second_order", "sparse"),
     ("operators",),
     ("curvature", "solvers", "krylov"),

@@ -674,6 +674,25 @@ def test_fastest_keeps_a_mode_that_has_the_rules(caplog):
     assert "hessian: mode double-backward" in [record.getMessage() for record in caplog.records]
 
 
+@pytest.mark.parametrize("mode", [FORWARD, REVERSE, DOUBLE])
+def test_a_graph_of_some_blocks_alone_is_kept_where_f_closes_over_what_requires_grad(mode):
+    """The block of a has no graph; that of b begins to have one in its second chunk."""
+    c = torch.tensor([0.0, 2.0, 3.0, 5.0], dtype=torch.float64, requires_grad=True)
+
+    def f(x: Any) -> Tensor:
+        return (x["a"] ** 2).sum() + (x["b"][:2] ** 2).sum() + (c[1:] * x["b"][2:] ** 3).sum() + x["a"][0] * x["b"][0]
+
+    x = {"a": numbers(4), "b": numbers(5, seed=1)}
+    for chunk_size, symmetric in itertools.product((1, 2, None), (True, False)):
+        H = hessian(f, mode=mode, chunk_size=chunk_size, symmetric=symmetric)(x)
+        expected = torch.cat([torch.full((2,), 2.0, dtype=torch.float64), 6 * c.detach()[1:] * x["b"][2:]])
+        assert relative_error(H["b"]["b"].detach(), torch.diag(expected)) < 1e-13
+        assert relative_error(H["a"]["a"].detach(), 2 * torch.eye(4, dtype=torch.float64)) < 1e-13
+        assert relative_error(H["a"]["b"].detach(), H["b"]["a"].detach().T) == 0 and float(H["a"]["b"].detach().sum()) == 1
+        (of_c,) = torch.autograd.grad(H["b"]["b"].trace(), c)
+        assert relative_error(of_c, torch.cat([torch.zeros(1, dtype=torch.float64), 6 * x["b"][2:]])) < 1e-13
+
+
 # What a call costs ----------------------------------------------------------------------------------------------------
 
 
