@@ -1,14 +1,8 @@
 r"""Laws that derivatives must keep, as functions a user can call on functions of their own.
 
-Truth here is a central difference along a random direction, in float64 wherever the function takes it. With
-D(h) = (g(x + h v) - g(x - h v)) / 2h at the steps h and h/2,
-
-    D = (4 D(h/2) - D(h)) / 3 + O(h^4),        doubt = |D(h/2) - D(h)| + |2 c(h/2) - c(h)|,
-
-c(h) = (g(x + h v) - 2 g(x) + g(x - h v)) / 2h. Where g is smooth both terms of the doubt are far smaller than any wrong
-formula; at a kink of g one of them is of the size of the kink (c is half the jump of the slope). A derivative that disagrees
-with D by more than its tolerance is tried again with steps 16 and 256 times smaller, since kinks spoil large steps first; it is
-wrong where the doubt of the smallest steps can't explain the disagreement, and inconclusive where it can.
+Truth here is a central difference along a random direction, in float64 wherever the function takes it, with the doubt that
+:mod:`functional_hess.differences` has of it. A derivative is wrong where the doubt can't explain the disagreement, and
+inconclusive where it can, as near a kink.
 
 A wrong derivative raises :class:`LawError`; everything else returns a :class:`Verdict`. One random direction finds a wrong
 linear map with probability one; a leaf whose part in the direction's derivative is below the tolerance goes unseen, so check
@@ -25,6 +19,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functional_hess.differences import (
+    BY_DIFFERENCES,
+    INCONCLUSIVE,
+    RIGHT,
+    Comparison,
+    Flat,
+    Ladder,
+    LawError,
+    Slope,
+    along,
+    comparison,
+    direction,
+    drawn_by,
+    finite,
+    in_double,
+    largest,
+    measured_along,
+    settled,
+    tolerances_for,
+)
 from functional_hess.guards import MissingDerivativeError, missing_rule, no_mode_left
 from functional_hess.products import hvp
 from functional_hess.transforms import Bound, bind, grad, jvp, vjp
@@ -41,20 +55,7 @@ __all__ = [
 
 Tree = Any
 Tensors = tuple[Tensor, ...]
-Flat = Callable[..., Tensors]
-Ladder = Callable[[int], "list[_Slope]"]
-
-RIGHT = "right"
-INCONCLUSIVE = "inconclusive"
-_SHRINK = (1.0, 1 / 16, 1 / 256)  # the steps tried, in units of the first
-_PATIENCE = 8.0  # a disagreement is inconclusive up to this many times its doubt
-_CLEARLY = 1000.0  # a kink is one where its jump is that many tolerances
-_BY_DIFFERENCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _BY_IDENTITY = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-
-
-class LawError(AssertionError):
-    """A derivative or a linear map breaks a law; the message names the law, the leaf and both numbers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,165 +85,16 @@ class _Findings:
     def verdict(self) -> Verdict:
         return Verdict(INCONCLUSIVE if self.doubtful else RIGHT, self.errors, tuple(self.without_rule))
 
-    def note(self, law: str, comparison: _Comparison) -> None:
+    def note(self, law: str, comparison: Comparison) -> None:
         self.errors[law] = max(self.errors.get(law, 0.0), comparison.relative)
         self.doubtful = self.doubtful or comparison.outcome == INCONCLUSIVE
 
-    def broken(self, law: str, place: str, comparison: _Comparison) -> LawError:
+    def broken(self, law: str, place: str, comparison: Comparison) -> LawError:
         c = comparison
         return LawError(
             f"{self.verb}: {law} along a random direction: at {place} got {c.got:.9g}, expected {c.expected:.9g}; the largest "
             f"disagreement there is {c.error:.3g}, more than the tolerance {c.tolerance:.3g}."
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Comparison:
-    """Two tensors at their worst entry. ``outcome`` is right, inconclusive or wrong."""
-
-    outcome: str
-    got: float
-    expected: float
-    error: float
-    tolerance: float
-    size: float
-
-    @property
-    def relative(self) -> float:
-        return self.error / self.size if self.size > 0 else self.error
-
-    @property
-    def wrong(self) -> bool:
-        return self.outcome == "wrong"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Slope:
-    """A derivative by differences in float64: entrywise with its doubt and what looks like a kink; the noise of rounding."""
-
-    value: Tensor
-    doubt: Tensor
-    kink: Tensor
-    noise: float
-    anywhere: float  # the largest doubt along the direction: a kink that shows in one entry hides in another
-
-    @staticmethod
-    def exactly(value: Tensor) -> _Slope:
-        wide = value.detach().double()
-        return _Slope(wide, torch.zeros_like(wide), torch.zeros_like(wide), 0.0, 0.0)
-
-
-def _compare(got: Tensor, slope: _Slope, rtol: float, atol: float, size: float) -> _Comparison:
-    got, expected = got.detach().double().reshape(-1), slope.value.reshape(-1)
-    error, tolerance = (got - expected).abs(), atol + rtol * size + slope.noise
-    unsure = ~expected.isfinite() & (slope.anywhere != 0)  # nothing to compare with; a doubt of zero says that these are exact
-    wrong = ~unsure & ~(error <= tolerance)  # a NaN in `got` is wrong
-    explained = error <= _PATIENCE * slope.anywhere
-    unsure = unsure | (slope.kink.reshape(-1) > _CLEARLY * tolerance)
-    outcome = "wrong" if bool((wrong & ~explained).any()) else INCONCLUSIVE if bool((wrong | unsure).any()) else RIGHT
-    if not len(got):
-        return _Comparison(RIGHT, 0.0, 0.0, 0.0, tolerance, size)
-    rank = torch.where(wrong & ~explained, error.nan_to_num(nan=torch.inf) + tolerance, error.nan_to_num(nan=0.0, posinf=0.0))
-    worst = int(rank.argmax())
-    return _Comparison(outcome, float(got[worst]), float(expected[worst]), float(error[worst]), tolerance, size)
-
-
-def _largest(tensors: Sequence[Tensor]) -> float:
-    return max((float(t.detach().abs().max()) for t in tensors if t.numel()), default=0.0)
-
-
-def _tolerances(
-    table: dict[torch.dtype, float], dtypes: Sequence[torch.dtype], rtol: float | None, atol: float
-) -> tuple[float, float]:
-    return (max((table.get(d, 1e-1) for d in dtypes), default=1e-6) if rtol is None else rtol), atol
-
-
-def _drawn_by(generator: torch.Generator | None) -> torch.Generator:
-    return torch.Generator().manual_seed(0) if generator is None else generator
-
-
-# ---------------------------------------------------------------------------------------------------- differences
-
-
-def _direction(space: Space, x: Tensors, generator: torch.Generator) -> Tensors:
-    """Normal coordinates times the size of their leaf, so that no step leaves the scale of the parameters."""
-    v = space.pack(space.random(generator), "direction")
-    return tuple(t * _scale(leaf) for t, leaf in zip(v, x, strict=True))
-
-
-def _scale(leaf: Tensor) -> float:
-    size = _largest([leaf])
-    return min(max(size, 1e-3), 1e3) if size > 0 else 1.0
-
-
-def _in_double(f: Flat, x: Tensors) -> Tensors:
-    """``x`` in float64 if f takes it, else as it is (a float32 weight held by f would not mix with float64)."""
-    wide = tuple(t.double() for t in x)
-    try:
-        f(*wide)
-    except (RuntimeError, TypeError, ValueError):
-        return x
-    return wide
-
-
-def _ladder(f: Flat, x: Tensors, v: Tensors) -> Ladder:
-    """The derivatives of the outputs of f at x along v, by steps ever smaller, computed when asked for."""
-    return functools.cache(lambda rung: _slopes(f, x, v, _SHRINK[rung]))
-
-
-def _settled(ladder: Ladder, compare: Callable[[Sequence[_Slope]], _Comparison]) -> _Comparison:
-    """The comparison at the first step, unless a smaller one contradicts it.
-
-    A kink close by spoils the large steps alone, so right at a smaller step is right, and wrong must be so at the two smallest
-    steps whose rounding noise leaves a say.
-    """
-    first = compare(ladder(0))
-    if first.outcome == RIGHT:
-        return first
-    heard = [first]
-    for rung in range(1, len(_SHRINK)):
-        smaller = compare(ladder(rung))
-        if smaller.outcome == RIGHT and smaller.tolerance <= 2 * first.tolerance:
-            return smaller
-        if rung == 1 or not smaller.tolerance > first.error / 4:
-            heard.append(smaller)
-    if all(one.wrong for one in heard[-2:]):
-        return heard[-1]
-    return dataclasses.replace(first, outcome=INCONCLUSIVE)
-
-
-def _slopes(f: Flat, x: Tensors, v: Tensors, shrink: float) -> list[_Slope]:
-    outputs = f(*x)
-    eps = max(torch.finfo(t.dtype).eps for t in (*x, *outputs))
-    h = eps**0.2 * shrink
-
-    def at(t: float) -> Tensors:
-        return tuple(out.double() for out in f(*(p + t * d.to(p) for p, d in zip(x, v, strict=True))))
-
-    center = tuple(out.double() for out in outputs)
-    noise = 8 * eps * _largest(center) / h
-    around = (at(h), at(-h), at(h / 2), at(-h / 2))
-    slopes = [_slope(*five, h, noise) for five in zip(center, *around, strict=True)]
-    anywhere = _largest([s.doubt.nan_to_num(nan=torch.inf) for s in slopes])
-    return [dataclasses.replace(s, anywhere=anywhere) for s in slopes]
-
-
-def _slope(center: Tensor, right: Tensor, left: Tensor, near_right: Tensor, near_left: Tensor, h: float, noise: float) -> _Slope:
-    coarse, fine = (right - left) / (2 * h), (near_right - near_left) / h
-    bend, near_bend = (right - 2 * center + left) / (2 * h), (near_right - 2 * center + near_left) / h
-    gap = (2 * near_bend - bend).abs()
-    kink = torch.where(gap > bend.abs() / 2, gap, 0.0)  # where g is smooth the bend halves with the step
-    return _Slope((4 * fine - coarse) / 3, (fine - coarse).abs() + gap, kink, noise, 0.0)
-
-
-def _along(slopes: Sequence[_Slope], u: Tensors) -> _Slope:
-    """The slope of <u, f>; doubts add up without cancelling."""
-    pairs = list(zip(slopes, (t.double() for t in u), strict=True))
-    value = torch.stack([(s.value * t).sum() for s, t in pairs]).sum()
-    doubt = torch.stack([(s.doubt * t.abs()).sum() for s, t in pairs]).sum()
-    kink = torch.stack([(s.kink * t.abs()).sum() for s, t in pairs]).sum()
-    anywhere = float(doubt.nan_to_num(nan=torch.inf))
-    return _Slope(value, doubt, kink, sum(s.noise * float(t.norm()) for s, t in pairs), anywhere)
 
 
 # ---------------------------------------------------------------------------------------------------- derivatives
@@ -297,15 +149,15 @@ def check_derivatives(
         raise ValueError(f"check_derivatives: order must be at least 1, got {order}.")
     bound = bind("check_derivatives", f, args, {}, tuple(range(len(args))) if argnums is None else argnums)
     chosen = "x" if isinstance(argnums, int) else "args"
-    findings, draw = _Findings("check_derivatives"), _drawn_by(generator)
+    findings, draw = _Findings("check_derivatives"), drawn_by(generator)
     x = tuple(t.detach() for t in bound.x)
     first = _floating_outputs(bound, x)
-    wide = _in_double(first, x)
-    tolerances = _tolerances(_BY_DIFFERENCES, bound.space.dtypes, rtol, atol)
+    wide = in_double(first, x)
+    tolerances = tolerances_for(BY_DIFFERENCES, bound.space.dtypes, rtol, atol)
 
     current, name_out = first, lambda o: _output_name(bound, x, o)
     for k in range(1, order + 1):
-        v = _direction(bound.space, x, draw)
+        v = direction(bound.space, x, draw)
         outputs = current(*x)
         u = tuple(torch.randn(t.shape, generator=draw, device=draw.device, dtype=t.dtype).to(t.device) for t in outputs)
         point = _Point(findings, current, bound.space, x, wide, chosen, name_out, tolerances)
@@ -354,7 +206,7 @@ def _pulled_back(f: Flat, u: Tensors) -> Flat:
 
 
 def _check_order(point: _Point, k: int, u: Tensors, v: Tensors) -> None:
-    ladder = _ladder(point.f, point.wide, v)
+    ladder = measured_along(point.f, point.wide, v)
     missing: list[tuple[str, BaseException]] = []
     for mode, law in (("jvp", _jvp_law), ("vjp", _vjp_law)):
         try:
@@ -396,27 +248,23 @@ def _against_differences(law: str) -> str:
     return f"{law} disagrees with central differences"
 
 
-def _compare_sums(terms: Sequence[Tensor], ladder: Ladder, u: Tensors, tolerances: tuple[float, float]) -> _Comparison:
+def _compare_sums(terms: Sequence[Tensor], ladder: Ladder, u: Tensors, tolerances: tuple[float, float]) -> Comparison:
     total = torch.stack([t.sum() for t in terms]).sum()
     size = float(torch.stack([t.square().sum() for t in terms]).sum().sqrt())
 
-    def compare(slopes: Sequence[_Slope]) -> _Comparison:
-        slope = _along(slopes, u)
-        return _compare(total, slope, *tolerances, max(size, _largest([_finite(slope.value)])))
+    def compare(slopes: Sequence[Slope]) -> Comparison:
+        slope = along(slopes, u)
+        return comparison(total, slope, *tolerances, max(size, largest([finite(slope.value)])))
 
-    return _settled(ladder, compare)
-
-
-def _finite(t: Tensor) -> Tensor:
-    return t.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    return settled(ladder, compare)
 
 
-def _worst_leaf(point: _Point, u: Tensors, v: Tensors, terms: Sequence[Tensor], whole: _Comparison) -> tuple[str, _Comparison]:
+def _worst_leaf(point: _Point, u: Tensors, v: Tensors, terms: Sequence[Tensor], whole: Comparison) -> tuple[str, Comparison]:
     """The law along one leaf after the other: where the disagreement is largest."""
     place, worst = point.name, whole
     for leaf, term in enumerate(terms):
         alone = tuple(d if i == leaf else torch.zeros_like(d) for i, d in enumerate(v))
-        compared = _compare_sums([term], _ladder(point.f, point.wide, alone), u, point.tolerances)
+        compared = _compare_sums([term], measured_along(point.f, point.wide, alone), u, point.tolerances)
         if compared.wrong and (worst is whole or not compared.error <= worst.error):
             place, worst = point.space.name_of(leaf, point.name), compared
     return place, worst
@@ -432,12 +280,12 @@ def _compare_leaves(
 ) -> None:
     """Leaf by leaf, each held to its own size and to a hundredth of the largest."""
 
-    def compare(leaf: int, slopes: Sequence[_Slope]) -> _Comparison:
-        size = max(_largest([_finite(slopes[leaf].value)]), _largest([_finite(s.value) for s in slopes]) / 100)
-        return _compare(got[leaf], slopes[leaf], *tolerances, size)
+    def compare(leaf: int, slopes: Sequence[Slope]) -> Comparison:
+        size = max(largest([finite(slopes[leaf].value)]), largest([finite(s.value) for s in slopes]) / 100)
+        return comparison(got[leaf], slopes[leaf], *tolerances, size)
 
     for leaf in range(len(got)):
-        compared = _settled(ladder, functools.partial(compare, leaf))
+        compared = settled(ladder, functools.partial(compare, leaf))
         findings.note(law, compared)
         if compared.wrong:
             raise findings.broken(_against_differences(law), name(leaf), compared)
@@ -486,9 +334,9 @@ def check_hessian(
     """
     verb = "check_hessian"
     bound = bind(verb, f, (x, *args), {}, 0)
-    findings, draw, scalar = _Findings(verb), _drawn_by(generator), bound.scalar()
+    findings, draw, scalar = _Findings(verb), drawn_by(generator), bound.scalar()
     p = tuple(t.detach() for t in bound.x)
-    v, u = _direction(bound.space, p, draw), _direction(bound.space, p, draw)
+    v, u = direction(bound.space, p, draw), direction(bound.space, p, draw)
 
     def value(point: Tensors) -> Tensor:
         return scalar(*point)[0]
@@ -498,10 +346,10 @@ def check_hessian(
 
     name = bound.space.name_of
     Hv, Hu = hvp(value, p, v), hvp(value, p, u)
-    ladder = _ladder(gradient, _in_double(gradient, p), v)
-    by_differences = _tolerances(_BY_DIFFERENCES, bound.space.dtypes, rtol, atol)
+    ladder = measured_along(gradient, in_double(gradient, p), v)
+    by_differences = tolerances_for(BY_DIFFERENCES, bound.space.dtypes, rtol, atol)
     _compare_leaves(findings, "H v", Hv, ladder, by_differences, name)
-    by_identity = _tolerances(_BY_IDENTITY, bound.space.dtypes, rtol, atol)
+    by_identity = tolerances_for(_BY_IDENTITY, bound.space.dtypes, rtol, atol)
     _check_pairing(findings, "<u, H v> = <v, H u>", lambda w: hvp(value, p, w), (u, v), (Hv, Hu), by_identity, Space.of(p), name)
     _check_modes(findings, value, p, v, by_identity, name)
     return findings.verdict()
@@ -523,9 +371,9 @@ def _check_modes(
             findings.without_rule.append(mode)
     if len(products) < 2:
         return
-    law, largest = "forward-over-reverse = reverse-over-reverse", max(map(_largest, products))
+    law, size = "forward-over-reverse = reverse-over-reverse", max(map(largest, products))
     for leaf, (forward, reverse) in enumerate(zip(*products, strict=True)):
-        compared = _compare(forward, _Slope.exactly(reverse), *tolerances, largest)
+        compared = comparison(forward, Slope.exactly(reverse), *tolerances, size)
         if not bool(reverse.isfinite().all()):  # a singular point: only forward mode may have a number there
             compared = dataclasses.replace(compared, outcome=INCONCLUSIVE, error=float("inf"))
         findings.note(law, compared)
@@ -568,11 +416,11 @@ def check_symmetric(
         >>> check_symmetric(lambda v: torch.tril(A) @ v, torch.zeros(2))
         Traceback (most recent call last):
             ...
-        functional_hess.testing.LawError: check_symmetric: <u, A v> = <v, A u> fails ...
+        functional_hess.differences.LawError: check_symmetric: <u, A v> = <v, A u> fails ...
     """
-    space, findings, draw = Space.of(like, "like"), _Findings("check_symmetric"), _drawn_by(generator)
+    space, findings, draw = Space.of(like, "like"), _Findings("check_symmetric"), drawn_by(generator)
     u, v = space.random(draw), space.random(draw)
-    tolerances = _tolerances(_BY_IDENTITY, space.dtypes, rtol, atol)
+    tolerances = tolerances_for(_BY_IDENTITY, space.dtypes, rtol, atol)
     products = (product(u), product(v))
     for name, result in zip(("product(u)", "product(v)"), products, strict=True):
         space.pack(result, name)
@@ -612,9 +460,9 @@ def check_adjoint(
         >>> check_adjoint(lambda v: A @ v, lambda u: A.T @ u, torch.zeros(3), torch.zeros(2)).status
         'right'
     """
-    spaces, findings, draw = (Space.of(x, "x"), Space.of(y, "y")), _Findings("check_adjoint"), _drawn_by(generator)
+    spaces, findings, draw = (Space.of(x, "x"), Space.of(y, "y")), _Findings("check_adjoint"), drawn_by(generator)
     v, u = (space.random(draw) for space in spaces)
-    tolerances = _tolerances(_BY_IDENTITY, spaces[0].dtypes + spaces[1].dtypes, rtol, atol)
+    tolerances = tolerances_for(_BY_IDENTITY, spaces[0].dtypes + spaces[1].dtypes, rtol, atol)
     images = (forward(v), transpose(u))
     spaces[1].pack(images[0], "forward(v)")
     spaces[0].pack(images[1], "transpose(u)")
@@ -650,6 +498,6 @@ def _check_pairing(
     raise findings.broken(f"{law} fails", place, worst)
 
 
-def _equal(got: Tensor, expected: Tensor, tolerances: tuple[float, float], size: float) -> _Comparison:
+def _equal(got: Tensor, expected: Tensor, tolerances: tuple[float, float], size: float) -> Comparison:
     """Two numbers that should agree up to rounding."""
-    return _compare(got, _Slope.exactly(expected), *tolerances, size)
+    return comparison(got, Slope.exactly(expected), *tolerances, size)

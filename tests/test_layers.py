@@ -20,7 +20,7 @@ PACKAGE = "functional_hess"
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("tree", "coloring", *(f"repaired_{kind}" for kind in ("distances", "gathers", "losses", "matrices", "norms", "sequences"))),
-    ("repairs",),
+    ("repairs", "differences"),
     ("levels",),
     ("transforms",),
     ("jacobians", "guards", "chunking", "prepare", "modules"),

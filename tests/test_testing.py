@@ -13,7 +13,7 @@ from scenarios import SCENARIOS, VECTOR_SCENARIOS, Scenario, by_name, t
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from functional_hess import MissingDerivativeError, grad, hvp, linearize, testing, vjp
+from functional_hess import MissingDerivativeError, differences, grad, hvp, linearize, vjp
 from functional_hess.testing import LawError, Verdict, check_adjoint, check_derivatives, check_hessian, check_symmetric
 from functional_hess.transforms import DependenceError
 from functional_hess.tree import Space
@@ -307,9 +307,9 @@ def test_noise_does_not_make_a_wrong_derivative_right() -> None:
 def test_the_doubt_covers_the_error_wherever_a_kink_lies(place: float) -> None:
     h = torch.finfo(torch.float64).eps ** 0.2
     x = t([-place * h])
-    (slope,) = testing._slopes(lambda x: (F.relu(x),), (x,), (t([1.0]),), 1.0)
+    (slope,) = differences.slopes_at(lambda x: (F.relu(x),), (x,), (t([1.0]),), 1.0)
     error = abs(float(slope.value) - float(x > 0))
-    assert error <= testing._PATIENCE / 4 * slope.anywhere + 1e-9
+    assert error <= differences.PATIENCE / 4 * slope.anywhere + 1e-9
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
