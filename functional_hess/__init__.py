@@ -5,6 +5,7 @@ from functional_hess.chunking import MemoryLimitError
 from functional_hess.guards import MissingDerivativeError, RandomnessError
 from functional_hess.jacobians import jacfwd, jacrev
 from functional_hess.levels import DependenceError
+from functional_hess.modules import functionalize_module
 from functional_hess.products import grad_and_hvp, hvp
 from functional_hess.second_order import (
     explain,
@@ -22,6 +23,7 @@ __all__ = [
     "Space",
     "partition",
     "register",
+    "functionalize_module",
     "tree",
     # first order
     "grad",

@@ -458,7 +458,7 @@ class _Recomputation(TorchFunctionMode):
                 if self.again and id(arg) not in self.met:
                     raise NotImplementedError(
                         "a checkpoint computes again with other parameters than f was called with (torch.func.functional_call "
-                        "has put the module's own back); checkpoint functions of their parameters instead"
+                        "has put the module's own back); use functionalize_module instead"
                     )
                 self.met[id(arg)] = arg
 

@@ -127,7 +127,7 @@ def _nothing_to_differentiate(verb: str, tree: Tree, name: str) -> str:
     if tensors:
         kinds, cure = ", ".join(sorted({str(t.dtype) for t in tensors})), "Convert it, as in x.double()"
     elif isinstance(tree, torch.nn.Module):
-        kinds, cure = type(tree).__name__, "Pass dict(module.named_parameters()) and a function that calls the module with it"
+        kinds, cure = type(tree).__name__, "Differentiate by the params of apply, params, buffers = functionalize_module(module)"
     elif isinstance(tree, Iterator):
         kinds, cure = type(tree).__name__, "Pass a tuple or a dict of tensors, as in tuple(module.parameters())"
     else:

@@ -34,6 +34,7 @@ __all__ = [
     "Space",
     "add",
     "broadcast_prefix",
+    "chooser",
     "dot",
     "flat",
     "norm",
@@ -571,6 +572,14 @@ def norm(a: Tree) -> Tensor:
     return dot(a, a).sqrt()
 
 
+def chooser(choose: Callable[[str, Any], bool] | str | Sequence[str]) -> Callable[[str, Any], bool]:
+    """The predicate ``(path, leaf) -> bool`` that a choice of leaves means: a predicate itself, a glob or several globs."""
+    if callable(choose):
+        return lambda path, leaf: bool(choose(path, leaf))
+    globs = (choose,) if isinstance(choose, str) else tuple(choose)
+    return lambda path, leaf: any(fnmatch.fnmatchcase(path, glob) for glob in globs)
+
+
 def partition(tree: Tree, choose: Callable[[str, Any], bool] | str | Sequence[str]) -> tuple[Tree, Callable[[Tree], Tree]]:
     """Split off chosen leaves, so that any transform acts on them alone.
 
@@ -595,12 +604,8 @@ def partition(tree: Tree, choose: Callable[[str, Any], bool] | str | Sequence[st
         tensor([1., 1.])
     """
     leaves, structure = _flatten(tree)
-    names = paths(tree)
-    if callable(choose):
-        taken = [bool(choose(name, leaf)) for name, leaf in zip(names, leaves, strict=True)]
-    else:
-        globs = [choose] if isinstance(choose, str) else list(choose)
-        taken = [any(fnmatch.fnmatchcase(name, glob) for glob in globs) for name in names]
+    names, chooses = paths(tree), chooser(choose)
+    taken = [chooses(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
     if not any(taken):
         raise ValueError(f"partition: {choose!r} chose no leaf; the paths are {', '.join(map(repr, names))}.")
     chosen = [leaf if take else None for leaf, take in zip(leaves, taken, strict=True)]
