@@ -7,6 +7,7 @@ from functional_hess.jacobians import jacfwd, jacrev
 from functional_hess.levels import DependenceError
 from functional_hess.modules import functionalize_module
 from functional_hess.products import grad_and_hvp, hvp
+from functional_hess.risk import empirical_risk
 from functional_hess.second_order import (
     explain,
     hessian,
@@ -34,6 +35,8 @@ __all__ = [
     "jacfwd",
     "jacrev",
     "vmap",
+    # sums over samples
+    "empirical_risk",
     # second order
     "hvp",
     "grad_and_hvp",

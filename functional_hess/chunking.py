@@ -31,9 +31,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from functional_hess.levels import at_depth, depth
 from functional_hess.tree import tensors_of
 
 try:
@@ -52,6 +53,7 @@ __all__ = [
     "megabytes",
     "parse_bytes",
     "progress_bar",
+    "recomputed",
     "survey",
 ]
 
@@ -94,13 +96,15 @@ class _Watch(TorchFunctionMode):
         self.order: dict[int, None] = {}
         self.storages: set[int] = {id(t) for t in leaves}
         self.saved = self.calls = 0
+        self.largest: tuple[int, int] = (0, 0)
+        self.depth = depth()
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
         self._note((*args, *kwargs.values()) if kwargs else args)
         out = func(*args, **(kwargs or {}))
         for t in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(t, Tensor) and t.is_floating_point() and not t._is_view():
-                self.saved += t.numel() * t.element_size()
+                self.saved += at_depth(t, self.depth).numel() * t.element_size()  # all that a vmap inside f maps over
                 self.calls += 1
         return out
 
@@ -110,6 +114,19 @@ class _Watch(TorchFunctionMode):
                 self._note(arg)
             elif isinstance(arg, Tensor) and id(arg) in self.number:
                 self.order.setdefault(self.number[id(arg)])
+
+
+@contextlib.contextmanager
+def recomputed() -> Iterator[None]:
+    """What is evaluated inside is computed again for derivatives instead of kept: a survey counts the largest such part alone."""
+    watch = next((mode for mode in _get_current_function_mode_stack() if isinstance(mode, _Watch)), None)
+    before = (watch.saved, watch.calls) if watch else (0, 0)
+    yield
+    if watch:
+        part = (watch.saved - before[0], watch.calls - before[1])
+        beyond = max(0, part[0] - watch.largest[0]), max(0, part[1] - watch.largest[1])
+        watch.saved, watch.calls = before[0] + beyond[0], before[1] + beyond[1]
+        watch.largest = max(part[0], watch.largest[0]), max(part[1], watch.largest[1])
 
 
 def survey(f: Callable[..., tuple[Any, Any]], x: Sequence[Tensor]) -> Survey:

@@ -36,21 +36,28 @@ from functional_hess.tree import Space, tensors_of
 
 __all__ = [
     "DependenceError",
+    "at_depth",
+    "constant_where_unused",
+    "depth",
     "flat_double_backward",
     "flat_jvp",
     "flat_plain_value_and_grad",
+    "flat_remat",
     "flat_value_and_grad",
     "flat_vjp",
     "flat_vmap",
     "is_mapped_here",
     "is_outermost",
+    "is_watched",
     "moves",
+    "outside_transforms",
     "plain",
     "repaired",
     "replaced",
     "require_dependence",
     "require_every_leaf",
     "require_movement",
+    "unwatched",
 ]
 
 Tensors = tuple[Tensor, ...]
@@ -67,7 +74,19 @@ class DependenceError(ValueError):
 
 def is_outermost() -> bool:
     """Whether no transform, ours or torch.func's, is active."""
-    return _functorch.get_dynamic_layer_stack_depth() == 0
+    return depth() == 0
+
+
+def depth() -> int:
+    """How many transforms, ours or torch.func's, are active."""
+    return _functorch.get_dynamic_layer_stack_depth()
+
+
+def at_depth(t: Tensor, depth: int) -> Tensor:
+    """``t`` without what transforms deeper than ``depth`` have wrapped around it."""
+    while _functorch.is_functorch_wrapped_tensor(t) and _functorch.maybe_get_level(t) > depth:
+        t = _functorch.get_unwrapped(t)
+    return t
 
 
 def _depth() -> int:
@@ -255,16 +274,25 @@ def _graph(outputs: Sequence[Tensor]) -> set[Any]:
     return reached
 
 
-def _require_twice_differentiable(value: Tensor) -> None:
+def _require_twice_differentiable(values: Sequence[Tensor]) -> None:
     """A backward marked ``once_differentiable`` breaks the graph of the gradient without a word, if the cotangent needs none."""
-    for node in _graph([value]):
-        function = getattr(node, "_forward_cls", None)
-        cells = getattr(getattr(function, "backward", None), "__closure__", None) or ()
-        inside = [cell.cell_contents for cell in cells if isinstance(cell.cell_contents, type)]
-        for cls in (function, *inside):
+    for node in _graph(values):
+        for cls in _written_by_user(getattr(node, "_forward_cls", None)):
             code = getattr(getattr(cls, "backward", None), "__code__", None)
             if code is not None and code.co_filename == torch.autograd.function.__file__ and code.co_name == "wrapper":
                 raise NotImplementedError(f"the backward of {getattr(cls, '__name__', cls)} is marked once_differentiable")
+
+
+def _written_by_user(function: Any) -> set[Any]:
+    """A custom function and those that it stands for: torch.func wraps one around it for every transform."""
+    found, stack = set(), [function]
+    while stack:
+        cls = stack.pop()
+        if cls not in found:
+            found.add(cls)
+            cells = getattr(getattr(cls, "backward", None), "__closure__", None) or ()
+            stack.extend(cell.cell_contents for cell in cells if isinstance(cell.cell_contents, type))
+    return found
 
 
 def require_every_leaf(verb: str, outputs: Sequence[Tensor], tensors: Sequence[Tensor], space: Space | None) -> None:
@@ -303,7 +331,7 @@ def flat_value_and_grad(
         if strict is not None:
             require_every_leaf(verb, [value], variables, strict)
         if twice:
-            _require_twice_differentiable(value)
+            _require_twice_differentiable([value])
         kept, back = tensors_of(aux)
         rebuild.append(back)
         return value, kept
@@ -402,7 +430,7 @@ def flat_double_backward(
         with _Recomputation() as recomputation:
             value, _ = f(*alias)
         _require_watched(value, verb)
-        _require_twice_differentiable(value)
+        _require_twice_differentiable([value])
         outside = grad_mode and _reaches_beyond(value, x, alias)
         with recomputation.watched():
             gradient = _backward([value], [alias[i] for i in rows], [torch.ones_like(value)], create_graph=True)
@@ -479,3 +507,108 @@ def _reaches_beyond(value: Tensor, x: Tensors, alias: Tensors) -> bool:
     own = {id(t) for t in alias}
     ends = [node.variable for node in _graph([value]) if hasattr(node, "variable")]
     return any(t.requires_grad for t in x) or any(id(t) not in own for t in ends)
+
+
+# ---------------------------------------------------------------------------------------------------- computing again
+
+
+def flat_remat(f: Callable[..., Tensors], parts: Callable[[], Iterable[Any]] = lambda: ((),)) -> Callable[..., Tensors]:
+    """``x -> sum of f(part, *x) over parts()``, whose derivatives compute each part again instead of keeping its graph.
+
+    Between a pass and its derivative only x is held, at every order, because derivatives are sums of the same kind: the pullback
+    is the sum of (x, u) -> f'(part, x)^T u, the pushforward that of (x, v) -> f'(part, x) v. torch's own checkpointing is refused
+    under its function transforms; this nests under all of them. Each level of differentiation costs one evaluation more.
+
+    Args:
+        f: takes a part and tensors of any dtype, returns floating tensors. Whatever it closes over is a constant.
+        parts: gives the same parts whenever it is called; they are constants, and not kept.
+    """
+
+    class Sum(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*x: Tensor) -> Tensors:  # pyright: ignore[reportIncompatibleMethodOverride]
+            with repaired():
+                return _sum(f(part, *x) for part in parts())
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Tensors, output: Tensors) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+            ctx.save_for_backward(*inputs)
+            ctx.save_for_forward(*inputs)
+
+        @staticmethod
+        def backward(ctx: Any, *u: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+            wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+
+            def pull(part: Any, *xu: Tensor) -> Tensors:
+                x = xu[: -len(u)]
+
+                def of_wanted(*y: Tensor) -> Tensors:
+                    outputs = f(part, *replaced(x, wanted, y))
+                    if _depth() > 1:
+                        _require_twice_differentiable(outputs)
+                    return outputs
+
+                return cast(Tensors, torch.func.vjp(of_wanted, *(x[i] for i in wanted))[1](xu[-len(u) :]))
+
+            found = dict(zip(wanted, flat_remat(pull, parts)(*ctx.saved_tensors, *u), strict=True))
+            return tuple(found.get(i) for i in range(len(ctx.needs_input_grad)))
+
+        @staticmethod
+        def jvp(ctx: Any, *v: Tensor | None) -> Tensors:  # pyright: ignore[reportIncompatibleMethodOverride]
+            moved = {i: tangent for i, tangent in enumerate(v) if tangent is not None}
+
+            def push(part: Any, *xv: Tensor) -> Tensors:
+                x, point = xv[: len(v)], tuple(xv[i] for i in moved)
+                return torch.func.jvp(lambda *y: f(part, *replaced(x, tuple(moved), y)), point, xv[len(v) :])[1]
+
+            return flat_remat(push, parts)(*ctx.saved_tensors, *moved.values())
+
+    return cast(Callable[..., Tensors], Sum.apply)
+
+
+def _sum(terms: Iterable[Tensors]) -> Tensors:
+    return functools.reduce(lambda a, b: tuple(s + t for s, t in zip(a, b, strict=True)), terms)
+
+
+def is_watched(t: Tensor) -> bool:
+    """Whether a derivative, ours, torch.func's or plain autograd's, or a ``vmap`` follows ``t``."""
+    with contextlib.ExitStack() as lowered:
+        for level in reversed(_functorch.get_interpreter_stack() or ()):
+            if _functorch.is_functorch_wrapped_tensor(t) and _functorch.maybe_get_level(t) == level.level():
+                mapped = level.key() == _functorch.TransformType.Vmap
+                if mapped or t.requires_grad or (level.key() == _functorch.TransformType.Jvp and moves((t,))[0]):
+                    return True
+                t = _functorch.get_unwrapped(t)
+            lowered.callback(_functorch.push_dynamic_layer_stack, _functorch.pop_dynamic_layer_stack())
+    return t.requires_grad and torch.is_grad_enabled()
+
+
+def constant_where_unused(outputs: Sequence[Tensor], x: Tensors) -> Tensors:
+    """``x``, with those tensors on which no output depends at the current level made constants of that level."""
+    level = (_functorch.get_interpreter_stack() or [None])[-1]
+    if level is not None and level.key() == _functorch.TransformType.Jvp:
+        return x if any(moves(tuple(outputs))) else tuple(forward_ad.unpack_dual(t).primal for t in x)
+    variable = [t.requires_grad and (level is None or _tracked(t)) for t in x]
+    reached = _graph(outputs) if any(variable) else set()
+    edge = torch.autograd.graph.get_gradient_edge
+    return tuple(t.detach() if v and edge(t).node not in reached else t for v, t in zip(variable, x, strict=True))
+
+
+def unwatched(t: Tensor) -> Tensor:
+    """The value of ``t``, or its first value where a ``vmap`` has many, for nobody to follow."""
+    mapped = []
+    while _functorch.is_functorch_wrapped_tensor(t):
+        if _functorch.is_batchedtensor(t):
+            mapped.append(_functorch.maybe_get_bdim(t))
+        t = _functorch.get_unwrapped(t)
+    with outside_transforms():
+        for dim in reversed(mapped):
+            t = t.select(dim, 0)
+        return t.detach()
+
+
+def outside_transforms() -> contextlib.AbstractContextManager[Any]:
+    """No transform sees what is done inside: for data that are read or drawn while transforms are active."""
+    return torch._C._DisableFuncTorch()
