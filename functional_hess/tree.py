@@ -226,31 +226,38 @@ class Space:
         In the place of a carried leaf ``tree`` may hold ``None`` or any leaf that is not a floating tensor.
 
         Raises:
-            ValueError: structure, shape, dtype or device differs; all differences of structure are listed, with paths.
-            TypeError: a leaf that must be a tensor is none.
+            ValueError: structure, shape, dtype or device differs; all differences are listed, with paths.
+            TypeError: a leaf that must be a tensor is none; everything else that differs is listed too.
         """
         leaves, structure = _flatten(tree)
-        if structure != self.structure:
-            raise ValueError(_structure_message(self.structure, structure, name))
-        for i, kept in enumerate(self.carried):
-            if kept is not _COORDINATES and isinstance(leaves[i], Tensor) and leaves[i].is_floating_point():
-                spelled = _spelled(structure, i, name)
-                raise ValueError(f"{spelled} must be None, got a tensor: that leaf of x is not a floating tensor.")
+        alike = structure == self.structure
+        told = self._differences(leaves if alike else self._in_places(leaves, structure), name)
+        if not alike:
+            raise ValueError("; ".join([_structure_difference(self.structure, structure, name), *told]) + ".")
         tensors = tuple(leaves[i] for i in self.differentiated)
-        for k, tensor in enumerate(tensors):
-            self._require_leaf(k, tensor, name)
+        if told:
+            kind = ValueError if all(isinstance(t, Tensor) for t in tensors) else TypeError
+            raise kind("; ".join(told) + ".")
         return tensors
 
-    def _require_leaf(self, k: int, tensor: Any, name: str) -> None:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{self.name_of(k, name)} must be a tensor, got {type(tensor).__name__}.")
-        if tensor.shape != self.shapes[k]:
-            want, got = tuple(self.shapes[k]), tuple(tensor.shape)
-            raise ValueError(f"{self.name_of(k, name)} must have shape {want}, got {got}.")
-        if tensor.dtype != self.dtypes[k]:
-            raise ValueError(f"{self.name_of(k, name)} must have dtype {self.dtypes[k]}, got {tensor.dtype}.")
-        if tensor.device != self.devices[k]:
-            raise ValueError(f"{self.name_of(k, name)} must be on {self.devices[k]}, got {tensor.device}.")
+    def _in_places(self, leaves: Sequence[Any], structure: optree.PyTreeSpec) -> list[Any]:
+        """The leaves of another structure in the places of this one; a missing one is as it should be."""
+        found = dict(zip(structure.paths(), leaves, strict=True))
+        return [found.get(path, _COORDINATES) for path in self.structure.paths()]
+
+    def _differences(self, leaves: Sequence[Any], name: str) -> list[str]:
+        """What is wrong with leaves in the places of this structure."""
+        told = []
+        for i, (leaf, kept) in enumerate(zip(leaves, self._expected, strict=True)):
+            if leaf is not _COORDINATES and (wrong := _wrong(leaf, kept)):
+                told += [f"{_spelled(self.structure, i, name)} {what}" for what in wrong]
+        return told
+
+    @functools.cached_property
+    def _expected(self) -> tuple[tuple[torch.Size, torch.dtype, torch.device] | None, ...]:
+        """Shape, dtype and device of each leaf of the tree; ``None`` for a carried one."""
+        like = dict(zip(self.differentiated, zip(self.shapes, self.dtypes, self.devices, strict=True), strict=True))
+        return tuple(like.get(i) for i in range(len(self.carried)))
 
     def unpack(self, entries: Sequence[Any]) -> Tree:
         """The vector with the given coordinates (or any objects, one a leaf); ``None`` in the place of carried leaves."""
@@ -473,13 +480,49 @@ def _spelled(structure: optree.PyTreeSpec, i: int, name: str) -> str:
     return structure.accessors()[i].codify(name)
 
 
-def _structure_message(expected: optree.PyTreeSpec, got: optree.PyTreeSpec, name: str) -> str:
+def _wrong(leaf: Any, expected: tuple[torch.Size, torch.dtype, torch.device] | None) -> list[str]:
+    """What is wrong with a leaf, in words that follow its name."""
+    if expected is None:
+        floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
+        return ["must be None, got a tensor: that leaf of x is not a floating tensor"] if floating else []
+    if not isinstance(leaf, Tensor):
+        return [f"must be a tensor, got {type(leaf).__name__}"]
+    shape, dtype, device = expected
+    wrong = []
+    if leaf.shape != shape:
+        wrong.append(f"must have shape {tuple(shape)}, got {tuple(leaf.shape)}")
+    if leaf.dtype != dtype:
+        wrong.append(f"must have dtype {dtype}, got {leaf.dtype}")
+    if leaf.device != device:
+        wrong.append(f"must be on {device}, got {leaf.device}")
+    return wrong
+
+
+def _structure_difference(expected: optree.PyTreeSpec, got: optree.PyTreeSpec, name: str) -> str:
+    """Containers of another type, and leaves that are missing or too many; all of them."""
+    wanted, had = dict(_containers(expected, name)), dict(_containers(got, name))
+    told = [f"{p} must be a {t.__name__}, got {had[p].__name__}" for p, t in wanted.items() if p in had and had[p] is not t]
     want, have = ([accessor.codify(name) for accessor in s.accessors()] for s in (expected, got))
     missing, extra = [p for p in want if p not in have], [p for p in have if p not in want]
-    if not missing and not extra:
-        return f"{name} must have the structure {expected}, got {got}: the containers differ."
-    told = ([f"missing {', '.join(missing)}"] if missing else []) + ([f"unexpected {', '.join(extra)}"] if extra else [])
-    return f"{name} must have the same structure as the point: {'; '.join(told)}."
+    told += ([f"missing {', '.join(missing)}"] if missing else []) + ([f"unexpected {', '.join(extra)}"] if extra else [])
+    if not told:
+        return f"{name} must have the structure {expected}, got {got}: the containers differ"
+    return f"{name} must have the same structure as the point: {'; '.join(told)}"
+
+
+def _containers(structure: optree.PyTreeSpec, name: str) -> Iterator[tuple[str, type]]:
+    """The type of every node that holds leaves, by how a program would write it; an empty one is left out."""
+    accessors = structure.accessors()
+
+    def below(node: optree.PyTreeSpec, first: int, depth: int) -> Iterator[tuple[str, type]]:
+        if node.is_leaf() or not node.num_leaves:
+            return
+        yield accessors[first][:depth].codify(name), node.type or object
+        for child in node.children():
+            yield from below(child, first, depth + 1)
+            first += child.num_leaves
+
+    yield from below(structure, 0, 0)
 
 
 # ---------------------------------------------------------------------------------------------------- functions of trees
@@ -613,7 +656,7 @@ def partition(tree: Tree, choose: Callable[[str, Any], bool] | str | Sequence[st
     def merge(part: Tree) -> Tree:
         given, got = _flatten(part)
         if got != structure:
-            raise ValueError(_structure_message(structure, got, "chosen"))
+            raise ValueError(f"{_structure_difference(structure, got, 'chosen')}.")
         merged = [new if take else old for new, old, take in zip(given, leaves, taken, strict=True)]
         return optree.tree_unflatten(structure, merged)
 
