@@ -64,7 +64,7 @@ def jacfwd(
             return tangents
 
         parts = []
-        for pieces in _chunks(bound.space, chunk_size):
+        for pieces in _chunks("jacfwd", bound.space, chunk_size):
             basis = bound.space.one_hot(pieces)
             run = functools.partial(columns, tuple(basis))
             parts.append(flat_vmap(run, randomness=randomness)(*basis.values()))
@@ -119,7 +119,7 @@ def jacrev(
             return pullback(tuple(given.get(o, torch.zeros_like(t)) for o, t in enumerate(outputs)))
 
         parts = []
-        for pieces in _chunks(output.space, chunk_size):
+        for pieces in _chunks("jacrev", output.space, chunk_size):
             basis = output.space.one_hot(pieces)
             run = functools.partial(rows, tuple(basis))
             parts.append(flat_vmap(run, randomness=randomness)(*basis.values()))
@@ -135,9 +135,9 @@ def jacrev(
     return transformed
 
 
-def _chunks(space: Space, chunk_size: int | None) -> Iterator[list[Any]]:
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be a positive int or None, got {chunk_size}.")
+def _chunks(verb: str, space: Space, chunk_size: int | None) -> Iterator[list[Any]]:
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f"{verb}: chunk_size must be a positive int or None, got {chunk_size!r}.")
     step = space.dim if chunk_size is None else chunk_size
     for start in range(0, space.dim, max(step, 1)):
         yield space.pieces(range(start, min(start + step, space.dim)))

@@ -301,7 +301,9 @@ def require_every_leaf(verb: str, outputs: Sequence[Tensor], tensors: Sequence[T
     for leaf, t in enumerate(tensors):
         if torch.autograd.graph.get_gradient_edge(t).node not in reached:
             where = space.name_of(leaf) if space else f"x[{leaf}]"
-            raise DependenceError(f"{verb}: f does not depend on {where} (strict=True); its derivative is zero.")
+            raise DependenceError(
+                f"{verb}: f does not depend on {where} (strict=True); its derivative is zero. Leave strict out if that is right."
+            )
 
 
 # ---------------------------------------------------------------------------------------------------- one level

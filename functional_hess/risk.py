@@ -39,7 +39,7 @@ from functional_hess.levels import (
     outside_transforms,
     unwatched,
 )
-from functional_hess.tree import broadcast_prefix, paths, tensors_of
+from functional_hess.tree import broadcast_prefix, paths, tensors_of, written
 
 __all__ = ["EmpiricalRisk", "Part", "empirical_risk", "samples_of"]
 
@@ -132,8 +132,8 @@ def empirical_risk(
 def _require_function(name: str, given: Any) -> None:
     if isinstance(given, torch.nn.Module):
         raise TypeError(
-            f"empirical_risk: {name} must be a function of the parameters, got the module {type(given).__name__}. Write "
-            "lambda params, x: torch.func.functional_call(module, params, (x,))."
+            f"empirical_risk: {name} must be a function of the parameters, got the module {type(given).__name__}. Take apply, "
+            "params, buffers = functionalize_module(module), and pass lambda params, x: apply(params, buffers, x)."
         )
     if not callable(given):
         raise TypeError(f"empirical_risk: {name} must be callable, got {type(given).__name__}.")
@@ -182,7 +182,7 @@ def samples_of(batch: tuple[Any, ...], name: str = "batch") -> Part:
         kinds = ", ".join(type(part).__name__ for part in batch) or "nothing"
         raise TypeError(f"empirical_risk: {name} must hold tensors with samples along their first dimension, got {kinds}.")
     leaves = broadcast_prefix(batch, batch, name)
-    named = [f"{name}.{path}" for path, leaf in zip(paths(batch), leaves, strict=True) if isinstance(leaf, Tensor)]
+    named = [where for where, leaf in zip(written(batch, "batch"), leaves, strict=True) if isinstance(leaf, Tensor)]
     scalars = [where for where, t in zip(named, tensors, strict=True) if not t.dim()]
     if scalars:
         raise ValueError(f"empirical_risk: {scalars[0]} has shape (); its first dimension must count the samples.")

@@ -34,7 +34,7 @@ from functional_hess.levels import (
     require_every_leaf,
     require_movement,
 )
-from functional_hess.tree import Space, broadcast_prefix, paths, tensors_of
+from functional_hess.tree import Space, broadcast_prefix, tensors_of, written
 
 __all__ = [
     "Bound",
@@ -118,7 +118,7 @@ def bind(verb: str, f: Callable[..., Any], args: Sequence[Any], kwargs: dict[str
 
 def _argument(verb: str, i: int, count: int) -> int:
     if not -count <= i < count:
-        raise ValueError(f"{verb}: argnums={i}, but f was called with {count} positional arguments.")
+        raise ValueError(f"{verb}: argnums must be in range({count}), the positional arguments of the call, got {i}.")
     return i % count
 
 
@@ -300,7 +300,8 @@ def jvp(
 def _require_tangents(space: Space, outputs: Tensors, call: Callable[..., Any], tensors: Sequence[Tensor], strict: bool) -> None:
     moved = moves(outputs)
     if strict and not all(moved):
-        raise DependenceError(f"jvp: {space.name_of(moved.index(False), 'f(x)')} does not depend on x (strict=True).")
+        where = space.name_of(moved.index(False), "f(x)")
+        raise DependenceError(f"jvp: {where} does not depend on x (strict=True). Leave strict out if that is right.")
     require_movement("jvp", moved, call, tensors)
 
 
@@ -437,12 +438,13 @@ def _in_dims(in_dims: Any, args: tuple[Any, ...], tensors: Tensors) -> tuple[int
         if dim is None:
             continue
         if not -leaf.dim() <= dim < leaf.dim():
-            raise ValueError(f"vmap: in_dims={dim} is out of range for args.{paths(args)[i]} of shape {tuple(leaf.shape)}.")
+            where = written(args, "args")[i]
+            raise ValueError(f"vmap: in_dims must be a dimension of {where}, of shape {tuple(leaf.shape)}, got {dim}.")
         sizes[i] = leaf.shape[dim]
     if not sizes:
         raise ValueError("vmap: in_dims must map at least one tensor; all are None, or no argument holds a tensor.")
     if len(set(sizes.values())) > 1:
-        told = ", ".join(f"args.{paths(args)[i]} has {size}" for i, size in sizes.items())
+        told = ", ".join(f"{written(args, 'args')[i]} has {size}" for i, size in sizes.items())
         raise ValueError(f"vmap: the mapped dimensions must have one size: {told}.")
     return tuple(dims)
 

@@ -21,6 +21,7 @@ import fnmatch
 import functools
 import math
 import operator
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -45,6 +46,7 @@ __all__ = [
     "sub",
     "tensors_of",
     "tree_map",
+    "written",
 ]
 
 Tree = Any
@@ -338,7 +340,7 @@ class Space:
         try:
             every = self.structure.flatten_up_to(tree)
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{name} must have the structure of x: {error}") from None
+            raise ValueError(f"{name} must have the structure of x: {_without_dump(error)}.") from None
         return [every[i] for i in self.differentiated]
 
     @property
@@ -510,6 +512,12 @@ def _structure_difference(expected: optree.PyTreeSpec, got: optree.PyTreeSpec, n
     return f"{name} must have the same structure as the point: {'; '.join(told)}"
 
 
+def _without_dump(error: Exception) -> str:
+    """What optree says, without the tree that it prints behind."""
+    text = re.sub(r"(; \w+: (?!\d)|(?<=[\w.]), got (?!key|:)).*$", "", str(error), flags=re.DOTALL)
+    return text[:1].lower() + text[1:].rstrip(".")
+
+
 def _containers(structure: optree.PyTreeSpec, name: str) -> Iterator[tuple[str, type]]:
     """The type of every node that holds leaves, by how a program would write it; an empty one is left out."""
     accessors = structure.accessors()
@@ -554,7 +562,9 @@ def broadcast_prefix(prefix: Tree, tree: Tree, name: str) -> list[Any]:
     try:
         spread = optree.tree_broadcast_prefix(prefix, tree, none_is_leaf=True, namespace=NAMESPACE)
     except ValueError as error:
-        raise ValueError(f"{name} must be an int, None or a prefix of the tree it describes: {error}") from None
+        raise ValueError(
+            f"{name} must be an int, None or a prefix of the tree that it describes: {_without_dump(error)}."
+        ) from None
     return _flatten(spread)[0]
 
 
@@ -580,6 +590,16 @@ def tree_map(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
 def paths(tree: Tree) -> tuple[str, ...]:
     """The path of every leaf, its steps joined by dots; as globs see them in :func:`partition`."""
     return tuple(map(_path, optree.tree_accessors(tree, none_is_leaf=True, namespace=NAMESPACE)))
+
+
+def written(tree: Tree, name: str) -> tuple[str, ...]:
+    """How a program would write every leaf of a tree called ``name``; as errors name them.
+
+    Example:
+        >>> written({"w": (1, 2)}, "x")
+        ("x['w'][0]", "x['w'][1]")
+    """
+    return tuple(accessor.codify(name) for accessor in optree.tree_accessors(tree, none_is_leaf=True, namespace=NAMESPACE))
 
 
 def add(a: Tree, b: Tree) -> Tree:

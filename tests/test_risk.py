@@ -420,8 +420,8 @@ def test_the_memory_of_rows_is_predicted_for_a_microbatch():
 @pytest.mark.parametrize(
     ("batch", "error", "message"),
     [
-        ((X, Y[:5]), ValueError, r"must have the same number of samples: batch\.0 has 7, batch\.1 has 5"),
-        ((X, torch.tensor(1)), ValueError, r"batch\.1 has shape \(\); its first dimension must count the samples"),
+        ((X, Y[:5]), ValueError, r"must have the same number of samples: batch\[0\] has 7, batch\[1\] has 5"),
+        ((X, torch.tensor(1)), ValueError, r"batch\[1\] has shape \(\); its first dimension must count the samples"),
         ((X[:0], Y[:0]), ValueError, "batch holds no samples"),
         ((), TypeError, "batch must hold tensors with samples along their first dimension, got nothing"),
         ((3, "a"), TypeError, "batch must hold tensors .* got int, str"),

@@ -400,7 +400,7 @@ def test_argnums_choose_the_arguments(argnums):
 @pytest.mark.parametrize("argnums", [3, -4, (0, 5)])
 @every_verb
 def test_argnums_out_of_range_are_refused(verb, argnums):
-    with pytest.raises(ValueError, match=r"argnums=.* called with 3 positional arguments"):
+    with pytest.raises(ValueError, match=r"argnums must be in range\(3\), the positional arguments of the call, got"):
         run(verb, weighted, A, B, C, argnums=argnums)
 
 

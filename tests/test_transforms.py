@@ -169,7 +169,7 @@ def test_keyword_arguments_reach_the_function(transform: Any) -> None:
 @pytest.mark.parametrize("transform", [grad, value_and_grad, jacfwd, jacrev])
 @pytest.mark.parametrize("argnums", [2, -3, (0, 5)], ids=str)
 def test_argnums_out_of_range_are_refused(transform: Any, argnums: Any) -> None:
-    with pytest.raises(ValueError, match=r"argnums=-?\d, but f was called with 2 positional arguments"):
+    with pytest.raises(ValueError, match=r"argnums must be in range\(2\), the positional arguments of the call, got -?\d"):
         transform(three, argnums=argnums)(*POINT)
 
 
@@ -479,11 +479,13 @@ def test_a_result_that_is_mapped_needs_a_place() -> None:
 
 
 def test_sizes_that_differ_are_told_by_path() -> None:
-    with pytest.raises(ValueError, match=r"vmap: the mapped dimensions must have one size: args.0.a has 3, args.1 has 2"):
+    with pytest.raises(
+        ValueError, match=r"vmap: the mapped dimensions must have one size: args\[0\]\['a'\] has 3, args\[1\] has 2"
+    ):
         vmap(lambda x, y: x["a"] * y)({"a": x3}, t([1.0, 2.0]))
-    with pytest.raises(ValueError, match=r"in_dims=1 is out of range for args.0 of shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"in_dims must be a dimension of args\[0\], of shape \(3,\), got 1"):
         vmap(torch.sin, 1)(x3)
-    with pytest.raises(ValueError, match=r"in_dims=0 is out of range for args.0 of shape \(\)"):
+    with pytest.raises(ValueError, match=r"in_dims must be a dimension of args\[0\], of shape \(\), got 0"):
         vmap(torch.sin)(t(1.0))
     with pytest.raises(ValueError, match="in_dims must map at least one tensor"):
         vmap(torch.sin, None)(x3)

@@ -257,12 +257,16 @@ def test_all_differences_of_leaves_are_told_at_once() -> None:
     assert error_of(lambda: space.pack(wrong, "v")) == f"{expected}."
     told = error_of(lambda: space.pack({**wrong, "c": c}, "v"))
     assert told == f"v must have the same structure as the point: unexpected v['c']; {expected}."
-    assert error_of(lambda: space.pack({**wrong, "b": 1.0}, "v"), TypeError).split("; ")[2] == "v['b'] must be a tensor, got float"
+    assert (
+        error_of(lambda: space.pack({**wrong, "b": 1.0}, "v"), TypeError).split("; ")[2] == "v['b'] must be a tensor, got float"
+    )
 
 
 def test_containers_that_differ_are_told() -> None:
     told = error_of(lambda: Space.of((a, {"in": (b, c)})).pack([a, {"in": [b, c]}], "v"))
-    assert told == "v must have the same structure as the point: v must be a tuple, got list; v[1]['in'] must be a tuple, got list."
+    assert (
+        told == "v must have the same structure as the point: v must be a tuple, got list; v[1]['in'] must be a tuple, got list."
+    )
     assert "the containers differ" in error_of(lambda: Space.of((a, ())).pack((a, {}), "v"))
     assert "the containers differ" in error_of(lambda: Space.of(Ring([a], "one")).pack(Ring([a], "two"), "v"))
 

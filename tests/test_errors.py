@@ -1,0 +1,1238 @@
+"""Every error that the library raises, with the call that raises it and the whole of its message.
+
+A message names the argument by its path, says what was expected and what came, and what to do. The table is complete: the
+`raise` statements of the package are found by reading its sources, and each must be where some row's error came from. A new
+`raise` needs a row: `Row(what the message names, error, message, call)`. In a message `...` stands for what differs from one
+machine, or one random direction, to the next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import dataclasses
+import functools
+import re
+import sys
+import tempfile
+import threading
+import traceback
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+from torch.utils.checkpoint import checkpoint
+
+import functional_hess as fh
+from functional_hess import __main__, coloring, plots, report, testing
+from functional_hess.differences import LawError
+
+PACKAGE = Path(fh.__file__).parent
+Patch = pytest.MonkeyPatch
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """``call`` raises ``error`` with the message; ``names`` is how it calls what is wrong."""
+
+    names: str
+    error: type[BaseException]
+    message: str
+    call: Callable[[Patch], Any]
+
+
+# What the calls are made of ---------------------------------------------------------------------------------------------
+
+W = torch.tensor([1.0, 2.0])
+B = torch.tensor(3.0)
+X = {"w": W, "b": B}
+
+
+def cubes(x: Any) -> Tensor:
+    """sum w^3 b."""
+    return (x["w"] ** 3).sum() * x["b"]
+
+
+def cube(x: Tensor) -> Tensor:
+    return (x**3).sum()
+
+
+def drawn(x: Tensor) -> Tensor:
+    return (x**2 * torch.rand(2)).sum()
+
+
+@dataclasses.dataclass
+class Unknown:
+    weight: Tensor
+
+
+class Cube(torch.autograd.Function):
+    """x^3, with rules by hand; those below it have a wrong one, or lack one."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.save_for_forward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        return 3 * ctx.saved_tensors[0] ** 2 * cotangent
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return 3 * ctx.saved_tensors[0] ** 2 * tangent
+
+
+class WrongBackward(Cube):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        return 4 * ctx.saved_tensors[0] ** 2 * cotangent
+
+
+class WrongForward(Cube):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return 4 * ctx.saved_tensors[0] ** 2 * tangent
+
+
+class Twisted(Cube):
+    """A gradient that is none: its derivative is not symmetric."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return (3 * x**2 + x.roll(1)) * cotangent
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return 0 * tangent
+
+
+class TwoMinds(torch.autograd.Function):
+    """The identity, which doubles cotangents and not tangents."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None: ...
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        return 2 * cotangent
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return tangent.clone()
+
+
+class CubeOfTwoMinds(Cube):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        return 3 * TwoMinds.apply(ctx.saved_tensors[0]) ** 2 * cotangent
+
+
+class NoRule(torch.autograd.Function):
+    """No rule forward, and a backward that fails as torch's own do."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None: ...
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        raise RuntimeError("derivative for aten::none is not implemented")
+
+
+class Once(torch.autograd.Function):
+    """A backward that must not be differentiated, and no rule forward."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        return 3 * ctx.saved_tensors[0] ** 2 * cotangent
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(lambda x: torch.tanh(self.layer(x)), x, use_reentrant=False).sum()
+
+
+def checkpointed(_: Patch) -> None:
+    net = Checkpointed()
+    x = {name: 2 * p.detach() for name, p in net.named_parameters()}
+    fh.hvp(lambda x: torch.func.functional_call(net, x, (torch.ones(3, 2),)), x, x)
+
+
+def waiting(patch: Patch) -> None:
+    patch.setattr("functional_hess.levels.FORWARD_MODE_TIMEOUT", 0.01)
+    inside, go, held = threading.Event(), threading.Event(), []
+
+    def slow(x: Tensor) -> Tensor:
+        inside.set()
+        held.append(go.wait(60))
+        return x.sin()
+
+    worker = threading.Thread(target=lambda: fh.jvp(slow, (W,), (W,)))
+    worker.start()
+    assert inside.wait(60)
+    try:
+        fh.jvp(torch.sin, (W,), (W,))
+    finally:
+        go.set()
+        worker.join()
+
+
+def without(name: str, call: Callable[[], Any]) -> Callable[[Patch], Any]:
+    """The call where a package is missing."""
+
+    def patched(patch: Patch) -> Any:
+        patch.setitem(sys.modules, name, None)
+        return call()
+
+    return patched
+
+
+def axis() -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure().subplots()
+
+
+def squares(w: Tensor, x: Tensor) -> Tensor:
+    return ((w - x) ** 2).sum()
+
+
+class Batches:
+    """A loader whose passes may differ: one list for each, of what fills a batch."""
+
+    def __init__(self, *passes: list[float]) -> None:
+        self.passes = list(passes)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter([torch.full((2, 2), fill) for fill in self.passes.pop(0)])
+
+
+# Modules ----------------------------------------------------------------------------------------------------------------
+
+
+class Of(nn.Module):
+    """A linear layer with a forward of one's own."""
+
+    def __init__(self, forward: Callable[..., Any], **attributes: Any) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 1)
+        self.register_buffer("mean", torch.zeros(2))
+        self.register_buffer("same", self.mean)
+        self.run = forward
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.run(self, x)
+
+
+def applied(module: nn.Module, params: Any = None, buffers: Any = None, **options: Any) -> Any:
+    apply, own, state = fh.functionalize_module(module, **options)
+    return apply(own if params is None else {**own, **params}, state if buffers is None else buffers, torch.ones(3, 2))
+
+
+def clamped(net: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        net.linear.weight.clamp_(min=0)
+    return net.linear(x)
+
+
+def split(net: nn.Module, x: Tensor) -> Tensor:
+    net.same = net.mean + 1
+    return x
+
+
+def closed_over() -> Any:
+    net = Of(lambda _, x: net.linear(x))
+    return applied(net)
+
+
+def cached() -> Any:
+    with parametrize.cached():
+        return applied(parametrizations.weight_norm(nn.Linear(2, 1)))
+
+
+class OptimizedModule(nn.Module):
+    """What torch.compile returns is called so."""
+
+
+def traced() -> nn.Module:
+    with pytest.warns(DeprecationWarning):
+        return torch.jit.trace(nn.Linear(2, 1), torch.ones(1, 2))
+
+
+# The report -------------------------------------------------------------------------------------------------------------
+
+
+def problem(name: str, made: Any = None) -> Callable[[Patch], Any]:
+    """A report on ``problems:name``, a function that returns ``made``."""
+
+    def reported(patch: Patch) -> Any:
+        module = types.ModuleType("problems")
+        module.value = 3
+        module.made = lambda: made
+        patch.setitem(sys.modules, "problems", module)
+        with tempfile.TemporaryDirectory() as folder:
+            return report.model_report(report.load_problem(name), folder, progress=False)
+
+    return reported
+
+
+def on(f: Callable[..., Any], params: Any, folder: str | None = None, **options: Any) -> Callable[[Patch], Any]:
+    def reported(patch: Patch) -> Any:
+        if folder == "":
+            patch.setattr("os.access", lambda *_: False)
+        with tempfile.TemporaryDirectory() as made:
+            return report.model_report(report.Problem("p", f, params), folder or made, progress=False, **options)
+
+    return reported
+
+
+# The table --------------------------------------------------------------------------------------------------------------
+
+P = fh.Space.of(X)
+PATTERN = coloring.banded(1)(3)
+ONE_ROW = coloring.SparsityPattern.of_entries([0], [1], (2, 2))
+
+ROWS: dict[str, list[Row]] = {
+    "trees": [
+        Row(
+            "tangent['w']",
+            ValueError,
+            "tangent['w'] must have shape (2,), got (3,).",
+            lambda _: fh.hvp(cubes, X, {"w": torch.ones(3), "b": B}),
+        ),
+        Row(
+            "v['b']",
+            ValueError,
+            "v['b'] must be on cpu, got meta; v['w'] must have shape (2,), got (1,); v['w'] must have dtype "
+            "torch.float32, got torch.float64.",
+            lambda _: P.pack({"w": W.double()[:1], "b": B.to("meta")}, "v"),
+        ),
+        Row(
+            "tangent['w']",
+            TypeError,
+            "tangent['b'] must have shape (), got (1,); tangent['w'] must be a tensor, got float.",
+            lambda _: fh.hvp(cubes, X, {"w": 2.0, "b": torch.ones(1)}),
+        ),
+        Row(
+            "tangent['n']",
+            ValueError,
+            "tangent['n'] must be None, got a tensor: that leaf of x is not a floating tensor.",
+            lambda _: fh.hvp(cubes, {**X, "n": 3}, {**X, "n": B}),
+        ),
+        Row(
+            "tangent['w']",
+            ValueError,
+            "tangent must have the same structure as the point: missing tangent['w']; unexpected tangent['v']; "
+            "tangent['b'] must have shape (), got (1,).",
+            lambda _: fh.hvp(cubes, X, {"v": W, "b": torch.ones(1)}),
+        ),
+        Row(
+            "v['w']",
+            ValueError,
+            "v must have the same structure as the point: v['w'] must be a tuple, got list.",
+            lambda _: fh.Space.of({"w": (W, B)}).pack({"w": [W, B]}, "v"),
+        ),
+        Row(
+            "v",
+            ValueError,
+            "v must have the structure PyTreeSpec((*, ()), NoneIsLeaf), got PyTreeSpec((*, {}), NoneIsLeaf): the "
+            "containers differ.",
+            lambda _: fh.Space.of((W, ())).pack((W, {}), "v"),
+        ),
+        Row(
+            "x['z']",
+            TypeError,
+            "x['z'] is complex; derivatives here are real. Pass torch.view_as_real(...) of it.",
+            lambda _: fh.grad(cubes)({"z": torch.ones(2, dtype=torch.complex64)}),
+        ),
+        Row(
+            "x['z']",
+            TypeError,
+            "x['z'] has layout torch.sparse_coo; pass a dense tensor (.to_dense()).",
+            lambda _: fh.grad(cubes)({"z": torch.eye(2).to_sparse()}),
+        ),
+        Row(
+            "x['z']",
+            TypeError,
+            "x['z'] is a Unknown, which trees here do not know, so its tensors would not be differentiated. Enter the "
+            "class once with functional_hess.register(Unknown).",
+            lambda _: fh.grad(cubes)({"z": Unknown(W)}),
+        ),
+        Row(
+            "Module",
+            TypeError,
+            "register: Module must be a dataclass, or come with flatten= and unflatten= functions.",
+            lambda _: fh.register(nn.Module),
+        ),
+        Row("vector", ValueError, "vector must have shape (3,), got (4,).", lambda _: P.unravel(torch.ones(4))),
+        Row("matrix", ValueError, "matrix must have shape (3, 3), got (3, 4).", lambda _: P.blocks(torch.ones(3, 4))),
+        Row(
+            "H['b']['w']",
+            ValueError,
+            "H['b']['w'] must have shape (2,), got ().",
+            lambda _: P.matrix({p: {q: torch.ones(()) for q in X} for p in X}),
+        ),
+        Row(
+            "H['b']",
+            ValueError,
+            "H['b'] must have the structure of x: dictionary key mismatch; expected key(s): ['b', 'w'], got key(s): "
+            "['w'], missing key(s): ['b'].",
+            lambda _: P.matrix({"b": {"w": W}, "w": {}}),
+        ),
+        Row("row 3", IndexError, "row 3 is out of range for 3 coordinates.", lambda _: P.leaf_of(3)),
+        Row("'v*'", ValueError, "partition: 'v*' chose no leaf; the paths are 'b', 'w'.", lambda _: fh.partition(X, "v*")),
+        Row(
+            "chosen['v']",
+            ValueError,
+            "chosen must have the same structure as the point: missing chosen['w']; unexpected chosen['v'].",
+            lambda _: fh.partition(X, "w")[1]({"v": W, "b": None}),
+        ),
+        Row(
+            "in_dims",
+            ValueError,
+            "in_dims must be an int, None or a prefix of the tree that it describes: dictionary key mismatch; expected "
+            "key(s): ['v', 'w'], got key(s): ['b', 'w'], missing key(s): ['v'], extra key(s): ['b'].",
+            lambda _: fh.vmap(cubes, ({"w": 0, "v": 0},))(X),
+        ),
+    ],
+    "transforms": [
+        Row("f", TypeError, "grad: f must be callable, got int.", lambda _: fh.grad(3)(W)),
+        Row(
+            "x",
+            TypeError,
+            "grad: x holds no floating tensor to differentiate, only torch.int64. Convert it, as in x.double().",
+            lambda _: fh.grad(cube)(torch.ones(2, dtype=torch.long)),
+        ),
+        Row(
+            "x",
+            TypeError,
+            "grad: x holds no floating tensor to differentiate, only Linear. Differentiate by the params of apply, "
+            "params, buffers = functionalize_module(module).",
+            lambda _: fh.grad(cube)(nn.Linear(2, 1)),
+        ),
+        Row(
+            "x",
+            TypeError,
+            "grad: x holds no floating tensor to differentiate, only generator. Pass a tuple or a dict of tensors, as "
+            "in tuple(module.parameters()).",
+            lambda _: fh.grad(cube)(nn.Linear(2, 1).parameters()),
+        ),
+        Row(
+            "args[1]",
+            TypeError,
+            "grad: args[1] holds no floating tensor to differentiate, only float. Make it a tensor, as in "
+            "torch.tensor(2.0) or torch.from_numpy(array).",
+            lambda _: fh.grad(cube, 1)(W, 2.0),
+        ),
+        Row(
+            "argnums",
+            ValueError,
+            "hessian: argnums must be in range(1), the positional arguments of the call, got 2.",
+            lambda _: fh.hessian(cube, 2)(W),
+        ),
+        Row(
+            "f",
+            TypeError,
+            "grad: with has_aux=True f must return (value, aux), got a tensor of shape ().",
+            lambda _: fh.grad(cube, has_aux=True)(W),
+        ),
+        Row(
+            "f",
+            TypeError,
+            "grad: f must return a real scalar, got torch.complex64. Take .real or .abs() of it.",
+            lambda _: fh.grad(lambda x: x * (1 + 2j))(B),
+        ),
+        Row(
+            "f",
+            TypeError,
+            "grad: f must return a scalar tensor (shape ()), got a tensor of shape (2,). Reduce it with .sum() or "
+            ".mean(), or use jacrev.",
+            lambda _: fh.grad(lambda x: x**2)(W),
+        ),
+        Row(
+            "f",
+            TypeError,
+            "grad: f must return a scalar tensor (shape ()), got tuple. If f returns (value, aux), pass has_aux=True.",
+            lambda _: fh.grad(lambda x: (cube(x), x))(W),
+        ),
+        Row(
+            "f",
+            TypeError,
+            "grad: f must return a scalar tensor (shape ()), got float. Return the tensor itself, not .item(), "
+            "float(...) or a container of it.",
+            lambda _: fh.grad(lambda x: float(x.sum().detach()))(W),
+        ),
+        Row(
+            "f", TypeError, "jvp: f must return at least one floating tensor, got int.", lambda _: fh.jvp(lambda x: 3, (W,), (W,))
+        ),
+        Row(
+            "primals",
+            TypeError,
+            "jvp: primals must be a tuple of arguments, got Tensor. Write (primal,).",
+            lambda _: fh.jvp(cube, W, (W,)),
+        ),
+        Row(
+            "tangents",
+            TypeError,
+            "jvp: tangents must be a tuple of arguments, got Tensor. Write (tangent,).",
+            lambda _: fh.jvp(cube, (W,), W),
+        ),
+        Row("tangents[0]", ValueError, "tangents[0] must have shape (2,), got ().", lambda _: fh.jvp(cube, (W,), (B,))),
+        Row(
+            "cotangent[1]",
+            ValueError,
+            "cotangent[1] must have shape (2,), got ().",
+            lambda _: fh.vjp(lambda x: (x.sum(), x), W)[1]((B, B)),
+        ),
+        Row(
+            "f(x)",
+            fh.DependenceError,
+            "grad: f(x) does not depend on x through differentiable operations, so its derivative would silently be "
+            "zero. Look for .detach(), .item(), torch.tensor(...), .data, no_grad, rounding, argmax, comparisons or an "
+            "op without a derivative between x and the result.",
+            lambda _: fh.grad(lambda x: torch.tensor(1.0))(W),
+        ),
+        Row(
+            "f(x)",
+            fh.DependenceError,
+            "jvp: f(x) does not depend on x through differentiable operations, so its derivative would silently be "
+            "zero. Look for .detach(), .item(), torch.tensor(...), .data, no_grad, rounding, argmax, comparisons or an "
+            "op without a derivative between x and the result.",
+            lambda _: fh.jvp(lambda x: torch.tensor(1.0), (W,), (W,)),
+        ),
+        Row(
+            "x['b']",
+            fh.DependenceError,
+            "grad: f does not depend on x['b'] (strict=True); its derivative is zero. Leave strict out if that is right.",
+            lambda _: fh.grad(lambda x: cube(x["w"]), strict=True)(X),
+        ),
+        Row(
+            "f(x)[1]",
+            fh.DependenceError,
+            "jvp: f(x)[1] does not depend on x (strict=True). Leave strict out if that is right.",
+            lambda _: fh.jvp(lambda x: (x, torch.ones(1)), (W,), (W,), strict=True),
+        ),
+        Row(
+            "f(x)",
+            fh.DependenceError,
+            "hvp: f(x) does not depend on x through differentiable operations, so its derivative would silently be "
+            "zero. Look for .detach(), .item(), torch.tensor(...), .data, no_grad, rounding, argmax, comparisons or an "
+            "op without a derivative between x and the result.",
+            lambda _: fh.hvp(lambda x: torch.tensor(1.0), W, W, mode="double-backward"),
+        ),
+        Row(
+            "thread",
+            RuntimeError,
+            "jvp: waited 0 s for another thread to leave forward-mode differentiation, which is process-wide in torch. "
+            "If f starts a thread that differentiates and waits for it, do that outside f, or use "
+            "mode='reverse-over-reverse'.",
+            waiting,
+        ),
+        Row(
+            "args[0]['b']",
+            ValueError,
+            "vmap: in_dims must be a dimension of args[0]['b'], of shape (), got 1.",
+            lambda _: fh.vmap(cubes, 1)(X),
+        ),
+        Row(
+            "in_dims",
+            ValueError,
+            "vmap: in_dims must map at least one tensor; all are None, or no argument holds a tensor.",
+            lambda _: fh.vmap(cube)(2),
+        ),
+        Row(
+            "args[0]['w']",
+            ValueError,
+            "vmap: the mapped dimensions must have one size: args[0]['b'] has 3, args[0]['w'] has 2.",
+            lambda _: fh.vmap(cubes)({"w": W, "b": torch.ones(3)}),
+        ),
+        Row(
+            "out_dims",
+            ValueError,
+            "vmap: out_dims is None for a result that depends on the mapped dimension; give its place.",
+            lambda _: fh.vmap(torch.sin, out_dims=None)(W),
+        ),
+        Row(
+            "chunk_size",
+            ValueError,
+            "jacrev: chunk_size must be a positive int or None, got 0.",
+            lambda _: fh.jacrev(torch.sin, chunk_size=0)(W),
+        ),
+    ],
+    "products": [
+        Row(
+            "mode",
+            ValueError,
+            "hvp: mode must be 'auto', 'fastest' (for rows) or one of 'forward-over-reverse', 'reverse-over-reverse', "
+            "'double-backward', 'finite-difference', got 'forward'.",
+            lambda _: fh.hvp(cube, W, W, mode="forward"),
+        ),
+        Row(
+            "mode",
+            NotImplementedError,
+            "hvp: mode='double-backward' is plain autograd and cannot run inside another transform; call it outside.",
+            lambda _: fh.grad(lambda x: fh.hvp(cube, x, W, mode="double-backward").sum())(W),
+        ),
+        Row(
+            "aten::none",
+            fh.MissingDerivativeError,
+            "hvp: cannot differentiate f twice (forward-over-reverse: You must implement the jvp function for custom "
+            "autograd.Function to use it with forward mode AD; reverse-over-reverse: derivative for aten::none is not "
+            "implemented; double-backward: derivative for aten::none is not implemented), called at .... Write that op "
+            "as a composition of differentiable ones, or pass mode='finite-difference'.",
+            lambda _: fh.hvp(lambda x: NoRule.apply(x).sum(), W, W),
+        ),
+        Row(
+            "Once",
+            fh.MissingDerivativeError,
+            "hessian: cannot differentiate f twice (reverse-over-reverse: the backward of Once is marked "
+            "once_differentiable; forward-over-reverse: You must implement the jvp function for custom "
+            "autograd.Function to use it with forward mode AD; double-backward: the backward of Once is marked "
+            "once_differentiable), called at .... Write that op as a composition of differentiable ones, or pass "
+            "mode='finite-difference'.",
+            lambda _: fh.hessian(lambda x: Once.apply(x).sum())(W),
+        ),
+        Row(
+            "checkpoint",
+            fh.MissingDerivativeError,
+            "hvp: cannot differentiate f twice (forward-over-reverse: torch.func.{grad, vjp, jacrev, hessian} don't "
+            "yet support saved tensor hooks; reverse-over-reverse: torch.func.{grad, vjp, jacrev, hessian} don't yet "
+            "support saved tensor hooks; double-backward: a checkpoint computes again with other parameters than f was "
+            "called with (torch.func.functional_call has put the module's own back); use functionalize_module "
+            "instead), called at .... Write that op as a composition of differentiable ones, or pass "
+            "mode='finite-difference'.",
+            checkpointed,
+        ),
+        Row(
+            "randomness",
+            ValueError,
+            "hvp: randomness must be 'error', 'same' or 'different', got 'some'.",
+            lambda _: fh.hvp(cube, W, W, randomness="some"),
+        ),
+        Row(
+            "f",
+            fh.RandomnessError,
+            "hvp: f draws random numbers (dropout?), so each product would belong to another function. Pass "
+            "randomness='same' to fix one draw for the whole call, or switch the module to eval mode.",
+            lambda _: fh.hvp(drawn, W, W),
+        ),
+        Row(
+            "f",
+            fh.RandomnessError,
+            "hvp: f draws random numbers (dropout?), so each product would belong to another function. Pass "
+            "randomness='same' to fix one draw for the whole call, or switch the module to eval mode.",
+            lambda _: fh.vmap(lambda v: fh.hvp(drawn, W, v))(torch.eye(2)),
+        ),
+    ],
+    "Hessians": [
+        Row(
+            "out=",
+            ValueError,
+            "hessian: out= holds one (n, n) matrix, so f must return a scalar.",
+            lambda _: fh.hessian(torch.sin, out=torch.zeros(2, 2))(W),
+        ),
+        Row(
+            "out=",
+            ValueError,
+            "hessian: out= cannot carry a graph or a batch, so it belongs to the outermost call. Leave it out here, or "
+            "call under torch.no_grad() if a leaf, or a tensor that f closes over, requires grad.",
+            lambda _: fh.hessian(cube, out=torch.zeros(2, 2))(W.clone().requires_grad_()),
+        ),
+        Row(
+            "out=",
+            ValueError,
+            "hessian: out= cannot carry a graph or a batch, so it belongs to the outermost call. Leave it out here, or "
+            "call under torch.no_grad() if a leaf, or a tensor that f closes over, requires grad.",
+            lambda _: fh.hessian(lambda x: cube(x) * B.clone().requires_grad_(), out=torch.zeros(2, 2))(W),
+        ),
+        Row(
+            "out",
+            ValueError,
+            "hessian: out must have shape (2, 2), torch.float32, cpu, got shape (2, 3), torch.float32, cpu.",
+            lambda _: fh.hessian(cube, out=torch.zeros(2, 3))(W),
+        ),
+        Row(
+            "chunk_size",
+            ValueError,
+            "hessian: chunk_size must be 'auto', a positive int or None, got 0.",
+            lambda _: fh.hessian(cube, chunk_size=0)(W),
+        ),
+        Row(
+            "memory_limit",
+            ValueError,
+            "memory_limit must be bytes or a text such as '4GiB', got 'much'.",
+            lambda _: fh.hessian(cube, memory_limit="much")(W),
+        ),
+        Row(
+            "memory_limit",
+            fh.MemoryLimitError,
+            "hessian: 100 rows need ... MB (... MB of result and ... MB to work with, 1 row at a time), but "
+            "memory_limit is ... MB. Stream them with hessian_rows (rows= takes any part), write into a memory-mapped "
+            "out=, take hessian_diagonal or hessian_blocks, or use products with hvp, which need no matrix.",
+            lambda _: fh.hessian(cube, memory_limit=1000)(torch.ones(100)),
+        ),
+        Row(
+            "tqdm",
+            ImportError,
+            "hessian: progress=True needs tqdm: pip install 'functional_hess[progress]'.",
+            without("tqdm.auto", lambda: fh.hessian(cube, progress=True)(W)),
+        ),
+        Row(
+            "row 2",
+            IndexError,
+            "hessian_rows: row 2 is out of range for 2 coordinates.",
+            lambda _: fh.hessian_rows(cube, rows=[0, 2])(W),
+        ),
+        Row(
+            "'v'",
+            ValueError,
+            "hessian_blocks: 'v' matches no leaf; the paths are b, w.",
+            lambda _: fh.hessian_blocks(cubes, pairs=[("w", "v")])(X),
+        ),
+        Row(
+            "f",
+            TypeError,
+            "hessian_diagonal: f must return a scalar tensor (shape ()), got a tensor of shape (2,). hessian takes "
+            "vector-valued f too.",
+            lambda _: fh.hessian_diagonal(torch.sin)(W),
+        ),
+        Row(
+            "explain",
+            TypeError,
+            "explain: takes what hessian, hessian_rows, hessian_blocks or hessian_diagonal return, got function.",
+            lambda _: fh.explain(cube, W),
+        ),
+    ],
+    "modules": [
+        Row(
+            "module",
+            TypeError,
+            "functionalize_module: module must be a torch.nn.Module, got builtin_function_or_method.",
+            lambda _: fh.functionalize_module(torch.tanh),
+        ),
+        Row(
+            "module",
+            TypeError,
+            "functionalize_module: module is TorchScript (TopLevelTracedModule), whose parameters live outside Python; "
+            "pass the module that it was made from.",
+            lambda _: fh.functionalize_module(traced()),
+        ),
+        Row(
+            "module.0",
+            TypeError,
+            "functionalize_module: module.0 is a DataParallel, which holds replicas of the module; pass its .module.",
+            lambda _: fh.functionalize_module(nn.Sequential(nn.DataParallel(nn.Tanh()))),
+        ),
+        Row(
+            "module.0",
+            TypeError,
+            "functionalize_module: module.0 is the result of torch.compile, which holds on to the parameters it was "
+            "made with; pass its ._orig_mod.",
+            lambda _: fh.functionalize_module(nn.Sequential(OptimizedModule())),
+        ),
+        Row(
+            "module.0",
+            TypeError,
+            "functionalize_module: module.0 has 'weight' without a shape yet; call the module once on an example, then "
+            "functionalize it.",
+            lambda _: fh.functionalize_module(nn.Sequential(nn.LazyLinear(2))),
+        ),
+        Row(
+            "module.parametrizations.weight.0",
+            TypeError,
+            "functionalize_module: module.parametrizations.weight.0 normalizes by spectral_norm in train mode "
+            "(_SpectralNorm), whose power iteration has no derivative, so that second derivatives would be wrong; call "
+            "module.eval() first, which holds its vectors still.",
+            lambda _: fh.functionalize_module(parametrizations.spectral_norm(nn.Linear(2, 2))),
+        ),
+        Row(
+            "module.lock",
+            TypeError,
+            "functionalize_module: module.lock must be something that copies, got a lock (cannot pickle '_thread.lock' "
+            "object). Keep it outside of the module, or give its class a __deepcopy__ that returns self.",
+            lambda _: fh.functionalize_module(Of(clamped, lock=threading.Lock())),
+        ),
+        Row(
+            "only='v*'",
+            ValueError,
+            "functionalize_module: only='v*' chose no parameter; the paths are 'weight', 'bias'.",
+            lambda _: fh.functionalize_module(nn.Linear(2, 1), "v*"),
+        ),
+        Row(
+            "params['weight']",
+            ValueError,
+            "apply: unexpected params['wieght']; params['weight'] must have shape (1, 2), got (2,); unexpected "
+            "buffers['b']. Start from the dicts that functionalize_module returned.",
+            lambda _: applied(nn.Linear(2, 1), {"weight": W, "wieght": W}, {"b": B}),
+        ),
+        Row(
+            "buffers",
+            ValueError,
+            "apply: params['bias'] must be a tensor, got float; buffers must be a dict of tensors, got Tensor. Start "
+            "from the dicts that functionalize_module returned.",
+            lambda _: applied(nn.Linear(2, 1), {"bias": 2.0}, W),
+        ),
+        Row(
+            "cached()",
+            RuntimeError,
+            "apply: torch.nn.utils.parametrize.cached() is active, which remembers parametrized tensors by the "
+            "identity of a module; every call here has modules of its own. Call outside of it.",
+            lambda _: cached(),
+        ),
+        Row(
+            "params['linear.weight']",
+            RuntimeError,
+            "apply: forward must not write into a parameter, and has written into params['linear.weight'] in place. "
+            "Make it a buffer, or compute a new tensor from it.",
+            lambda _: applied(Of(clamped)),
+        ),
+        Row(
+            "'linear.weight'",
+            RuntimeError,
+            "apply: forward must compute with the tensors it is called with, and has reached 'linear.weight' of the "
+            "module itself: a closure, a hook or a global leads there. Let it take what it needs from self or its "
+            "arguments.",
+            lambda _: closed_over(),
+        ),
+        Row(
+            "buffers['mean']",
+            RuntimeError,
+            "apply: buffers['mean'] must be one tensor after the call, got a tensor of shape (2,), a tensor of shape "
+            "(2,): forward has taken it away, or given the submodules that share it different ones. Let forward write "
+            "into it in place.",
+            lambda _: applied(Of(split), return_buffers=True),
+        ),
+    ],
+    "risks": [
+        Row(
+            "reduction",
+            ValueError,
+            "empirical_risk: reduction must be 'mean' or 'sum', got 'max'.",
+            lambda _: fh.empirical_risk(squares, reduction="max"),
+        ),
+        Row(
+            "batch_size",
+            ValueError,
+            "empirical_risk: batch_size must be 'auto', a positive int or None, got 0.",
+            lambda _: fh.empirical_risk(squares, batch_size=0),
+        ),
+        Row(
+            "loss",
+            TypeError,
+            "empirical_risk: loss must be a function of the parameters, got the module Linear. Take apply, params, "
+            "buffers = functionalize_module(module), and pass lambda params, x: apply(params, buffers, x).",
+            lambda _: fh.empirical_risk(nn.Linear(2, 1)),
+        ),
+        Row(
+            "criterion",
+            TypeError,
+            "empirical_risk: criterion must be callable, got int.",
+            lambda _: fh.empirical_risk(squares, 3),
+        ),
+        Row(
+            "batch",
+            TypeError,
+            "empirical_risk: batch must hold tensors with samples along their first dimension, got int.",
+            lambda _: fh.empirical_risk(squares)(W, 3),
+        ),
+        Row(
+            "batch[0]",
+            ValueError,
+            "empirical_risk: batch[0] has shape (); its first dimension must count the samples.",
+            lambda _: fh.empirical_risk(squares)(W, B),
+        ),
+        Row(
+            "parts of a batch",
+            ValueError,
+            "empirical_risk: the parts of a batch must have the same number of samples: batch[0] has 3, batch[1] has 2.",
+            lambda _: fh.empirical_risk(squares)(W, torch.ones(3), torch.ones(2)),
+        ),
+        Row(
+            "batch",
+            ValueError,
+            "empirical_risk: batch holds no samples.",
+            lambda _: fh.empirical_risk(squares)(W, torch.ones(0, 2)),
+        ),
+        Row(
+            "the loss",
+            TypeError,
+            "empirical_risk: the loss of one sample must be a scalar tensor (shape ()), got a tensor of shape (2,).",
+            lambda _: fh.empirical_risk(lambda w, x: w * x)(W, torch.ones(3, 2)),
+        ),
+        Row(
+            "the loss",
+            fh.RandomnessError,
+            "empirical_risk: the loss of a sample draws random numbers (dropout?), so each derivative would belong to "
+            "another function. Switch the module to eval mode, or draw the numbers beforehand and pass them as part of "
+            "the batch.",
+            lambda _: fh.empirical_risk(lambda w, x: drawn(w))(W, torch.ones(3, 2)),
+        ),
+        Row(
+            "generator",
+            TypeError,
+            "empirical_risk: the generator gives its batches only once, but derivatives read them again. Pass an "
+            "object that starts anew whenever it is iterated, such as a DataLoader.",
+            lambda _: fh.empirical_risk(squares)(W, (torch.ones(2, 2) for _ in range(2))),
+        ),
+        Row(
+            "Batches",
+            ValueError,
+            "empirical_risk: the Batches gave no batches.",
+            lambda _: fh.empirical_risk(squares)(W, Batches([], [])),
+        ),
+        Row(
+            "Batches",
+            ValueError,
+            "empirical_risk: the Batches gives other data from pass to pass (random augmentation, or drop_last with "
+            "shuffle?), so each derivative would belong to another function. Draw the data once, beforehand.",
+            lambda _: fh.empirical_risk(squares)(W, Batches([1.0], [2.0])),
+        ),
+        Row(
+            "Batches",
+            ValueError,
+            "empirical_risk: the Batches gave 4 samples, and 2 when it was first read.",
+            lambda _: fh.empirical_risk(squares)(W, Batches([1.0], [1.0], [1.0, 1.0])),
+        ),
+    ],
+    "coloring": [
+        Row(
+            "row 3",
+            ValueError,
+            "pattern: row 3 is outside of 2 x 2.",
+            lambda _: coloring.SparsityPattern.of_entries([0, 3], [0, 0], (2, 2)),
+        ),
+        Row(
+            "column -1",
+            ValueError,
+            "pattern: column -1 is outside of 2 x 2.",
+            lambda _: coloring.SparsityPattern.of_entries([0], [-1], (2, 2)),
+        ),
+        Row(
+            "pattern",
+            ValueError,
+            "pattern: a matrix has two dimensions, got an array of shape (3,).",
+            lambda _: coloring.SparsityPattern.of_matrix(np.ones(3)),
+        ),
+        Row("half_width", ValueError, "banded: half_width must be at least 0, got -1.", lambda _: coloring.banded(-1)),
+        Row("sizes", ValueError, "blocks: the sizes must add up to 3, got 2.", lambda _: coloring.blocks([1, 1])(3)),
+        Row(
+            "order",
+            ValueError,
+            "order must be one of 'natural', 'largest-first', 'smallest-last', got 'random'.",
+            lambda _: coloring.ordered(PATTERN, "random"),
+        ),
+        Row(
+            "pattern",
+            ValueError,
+            "star_coloring: the pattern must be symmetric; take pattern | pattern.transpose, or color its columns.",
+            lambda _: coloring.star_coloring(ONE_ROW),
+        ),
+        Row(
+            "(0, 0)",
+            ValueError,
+            "the coloring does not belong to the pattern: entry (0, 0) cannot be read from any product.",
+            lambda _: coloring.recovery(PATTERN, coloring.column_coloring(coloring.banded(0)(3))),
+        ),
+    ],
+    "laws": [
+        Row(
+            "order",
+            ValueError,
+            "check_derivatives: order must be at least 1, got 0.",
+            lambda _: testing.check_derivatives(torch.sin, W, order=0),
+        ),
+        Row(
+            "f(x)",
+            TypeError,
+            "check_derivatives: f(x) holds no floating tensor, so it has no derivative; got int.",
+            lambda _: testing.check_derivatives(lambda x: 3, W),
+        ),
+        Row(
+            "aten::none",
+            fh.MissingDerivativeError,
+            "check_derivatives: cannot differentiate f twice (jvp: You must implement the jvp function for custom "
+            "autograd.Function to use it with forward mode AD; vjp: derivative for aten::none is not implemented), "
+            "called at .... Write that op as a composition of differentiable ones, or pass mode='finite-difference'.",
+            lambda _: testing.check_derivatives(NoRule.apply, W),
+        ),
+        Row(
+            "at args[0]",
+            LawError,
+            "check_derivatives: the vjp of f disagrees with central differences along a random direction: at args[0] "
+            "got ..., expected ...; the largest disagreement there is ..., more than the tolerance ....",
+            lambda _: testing.check_derivatives(WrongBackward.apply, W.double()),
+        ),
+        Row(
+            "at f(x)",
+            LawError,
+            "check_derivatives: the jvp of f disagrees with central differences along a random direction: at f(x) got "
+            "..., expected ...; the largest disagreement there is ..., more than the tolerance ....",
+            lambda _: testing.check_derivatives(WrongForward.apply, W.double()),
+        ),
+        Row(
+            "at x",
+            LawError,
+            "check_hessian: <u, H v> = <v, H u> fails along a random direction: at x got ..., expected ...; the "
+            "largest disagreement there is ..., more than the tolerance ....",
+            lambda _: testing.check_hessian(lambda x: Twisted.apply(x).sum(), torch.arange(3.0).double()),
+        ),
+        Row(
+            "at x",
+            LawError,
+            "check_hessian: forward-over-reverse = reverse-over-reverse fails along a random direction: at x got ..., "
+            "expected ...; the largest disagreement there is ..., more than the tolerance ....",
+            lambda _: testing.check_hessian(lambda x: CubeOfTwoMinds.apply(x).sum(), W.double()),
+        ),
+    ],
+    "pictures": [
+        Row(
+            "matplotlib",
+            ImportError,
+            "plots: pictures need matplotlib: pip install 'functional_hess[plot]'.",
+            without("matplotlib", lambda: plots.spectrum(None, W)),
+        ),
+        Row(
+            "H", ValueError, "heat_map: H must have shape (3, 3), got (2, 2).", lambda _: plots.heat_map(axis(), torch.eye(2), P)
+        ),
+        Row(
+            "norms",
+            ValueError,
+            "block_norms: norms must have shape (2, 2), got (3, 3).",
+            lambda _: plots.block_norms(axis(), torch.eye(3), P),
+        ),
+        Row(
+            "eigenvalues",
+            ValueError,
+            "spectrum: eigenvalues must have shape (n,) with n > 0, got (2, 2).",
+            lambda _: plots.spectrum(axis(), torch.eye(2)),
+        ),
+    ],
+    "report": [
+        Row(
+            "matplotlib",
+            report.ReportError,
+            "the report needs matplotlib, which is not installed: pip install 'functional_hess[report]'.",
+            without("matplotlib", lambda: report.require_extras("matplotlib")),
+        ),
+        Row(
+            "'problems'", report.ReportError, "a problem is named as package.module:problem, got 'problems'.", problem("problems")
+        ),
+        Row(
+            "'absent'",
+            report.ReportError,
+            "there is no module 'absent', looked for from ... on, so 'absent:problem' leads nowhere.",
+            problem("absent:problem"),
+        ),
+        Row(
+            "'problems:absent'",
+            report.ReportError,
+            "'problems:absent' leads nowhere: 'problems' has no attribute 'absent'.",
+            problem("problems:absent"),
+        ),
+        Row(
+            "'problems:value'",
+            report.ReportError,
+            "'problems:value' must be a function that returns (f, params), but is of type int.",
+            problem("problems:value"),
+        ),
+        Row(
+            "'problems:made'",
+            report.ReportError,
+            "'problems:made' must return (f, params) or (f, params, args), got a tuple of 1.",
+            problem("problems:made", (cube,)),
+        ),
+        Row(
+            "the f",
+            report.ReportError,
+            "the f that 'problems:made' returns must be callable, got int.",
+            problem("problems:made", (3, W)),
+        ),
+        Row(
+            "the args",
+            report.ReportError,
+            "the args that 'problems:made' returns must be a tuple, got Tensor.",
+            problem("problems:made", (cube, W, W)),
+        ),
+        Row(
+            "folder",
+            report.ReportError,
+            "cannot make the folder /dev/null/report: Not a directory.",
+            on(cube, W, "/dev/null/report"),
+        ),
+        Row("folder", report.ReportError, "cannot write into the folder ...", on(cube, W, "")),
+        Row(
+            "params['z']",
+            report.ReportError,
+            "params['z'] is complex; derivatives here are real. Pass torch.view_as_real(...) of it.",
+            on(cube, {"z": torch.ones(2, dtype=torch.complex64)}),
+        ),
+        Row(
+            "params",
+            report.ReportError,
+            "params holds no floating tensor with entries, so there is nothing to differentiate.",
+            on(cube, {"n": 3}),
+        ),
+        Row(
+            "f",
+            report.ReportError,
+            "f must return a scalar, a floating tensor of shape (), got one of shape (2,), torch.float32.",
+            on(torch.sin, W),
+        ),
+        Row("f", report.ReportError, "f must be finite at params, got -inf.", on(lambda x: x.log().sum(), torch.zeros(2))),
+        Row(
+            "eigenvalues",
+            fh.MemoryLimitError,
+            "report: 100 eigenvalues need 0 MB, but 0 MB may be taken.",
+            on(cube, torch.ones(100), memory_limit=100_000),
+        ),
+        Row(
+            "block w x w",
+            report.ReportError,
+            "the Hessian has 4 entries that are not finite, the first in the block w x w.",
+            on(lambda x: x["w"].norm(), {"w": torch.zeros(2)}),
+        ),
+        Row(
+            "'0'",
+            argparse.ArgumentTypeError,
+            "must be 'auto' or a positive number of rows, got '0'",
+            lambda _: __main__._rows("0"),
+        ),
+        Row(
+            "'much'",
+            argparse.ArgumentTypeError,
+            "must be a number of bytes or a text such as 4GiB, got 'much'",
+            lambda _: __main__._bytes("much"),
+        ),
+    ],
+}
+EVERY = [row for rows in ROWS.values() for row in rows]
+NUMBERED = [pytest.param(row, id=f"{group}-{k}-{row.names}") for group, rows in ROWS.items() for k, row in enumerate(rows)]
+
+
+@functools.cache
+def raised_by(row: Row) -> BaseException | None:
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(SystemExit):
+        try:
+            row.call(patch)
+        except BaseException as error:
+            return error
+    return None
+
+
+@pytest.mark.parametrize("row", NUMBERED)
+def test_message_is_the_one_in_the_table(row):
+    error = raised_by(row)
+    assert type(error) is row.error, f"{type(error).__name__}: {error}"
+    pattern = ".*".join(map(re.escape, row.message.split("...")))
+    assert re.fullmatch(pattern, str(error), re.DOTALL), f"\n{error}\nis not\n{row.message}"
+
+
+@pytest.mark.parametrize("row", NUMBERED)
+def test_message_names_the_argument_and_is_a_sentence(row):
+    assert row.names in row.message
+    assert row.message.endswith((".", "...")) or row.error is argparse.ArgumentTypeError  # argparse ends that sentence itself
+
+
+# The table is complete --------------------------------------------------------------------------------------------------
+
+
+def statements(sources: dict[str, str]) -> dict[tuple[str, int], range]:
+    """The lines of every statement that raises an error of its own: `raise` alone passes on another's."""
+    return {
+        (name, node.lineno): range(node.lineno, (node.end_lineno or node.lineno) + 1)
+        for name, source in sources.items()
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Raise) and node.exc is not None
+    }
+
+
+def origins(error: BaseException | None) -> Iterator[tuple[str, int]]:
+    """Where in the package an error was raised, and those that it came from."""
+    while error is not None:
+        frames = traceback.extract_tb(error.__traceback__)
+        if frames and Path(frames[-1].filename).parent == PACKAGE:
+            yield Path(frames[-1].filename).name, frames[-1].lineno or 0
+        error = error.__cause__ or error.__context__
+
+
+def without_a_row(sources: dict[str, str], reached: set[tuple[str, int]]) -> list[str]:
+    every = statements(sources)
+    missed = [(name, line) for (name, line), lines in every.items() if not any((name, k) in reached for k in lines)]
+    return [f"{name}:{line}: {sources[name].splitlines()[line - 1].strip()}" for name, line in sorted(missed)]
+
+
+def test_every_raise_of_the_package_has_a_row():
+    sources = {path.name: path.read_text() for path in sorted(PACKAGE.glob("*.py"))}
+    reached = {place for row in EVERY for place in origins(raised_by(row))}
+    assert without_a_row(sources, reached) == []
+
+
+def test_a_raise_without_a_row_is_noticed():
+    sources = {"a.py": "def f():\n    raise ValueError(\n        'one')\n\ndef g():\n    raise KeyError('two')\n"}
+    assert without_a_row(sources, {("a.py", 2)}) == ["a.py:6: raise KeyError('two')"]
+    assert without_a_row(sources, {("a.py", 3), ("a.py", 6)}) == []
+    assert statements({"a.py": "try:\n    f()\nexcept KeyError:\n    raise\n"}) == {}
+
+
+def test_origins_are_those_of_the_package_and_of_causes():
+    def wrapped():
+        try:
+            P.unravel(torch.ones(4))
+        except ValueError as error:
+            raise KeyError("ours") from error
+
+    with pytest.raises(KeyError) as caught:
+        wrapped()
+    ((name, line),) = origins(caught.value)
+    assert name == "tree.py" and "vector must have shape" in (PACKAGE / name).read_text().splitlines()[line - 1]
