@@ -50,13 +50,17 @@ def case(op: Any, *leaves: Any) -> Case:
     return Case("a case", op, tuple(torch.tensor(x, dtype=torch.float64) for x in leaves))
 
 
-def truth(of: Case, readout: str = "plain", dtype: torch.dtype = torch.float64) -> Truth:
-    single = problem_of(of, readout, torch.float32)
-    return truth_of(problem_of(of, readout, torch.float64, dtype), single, dtype)
+def truth(of: Case, readout: str = "plain") -> Truth:
+    return truth_of(*(problem_of(of, readout, dtype) for dtype in (torch.float64, torch.float32)))
 
 
-CUBIC = case(lambda x, y: (x**3).sum() * y, [0.3, -1.2], 0.7)
-CUBIC_H = torch.tensor([[1.26, 0, 0.27], [0, -5.04, 4.32], [0.27, 4.32, 0]], dtype=torch.float64)
+def verdict(answer: Any, found: Truth, v: Tensor | None = None) -> str:
+    answer = torch.as_tensor(answer, dtype=torch.float64)
+    return compare(answer, found, torch.float64, v)[0]
+
+
+CUBIC = case(lambda x, y: (x**3).sum() * y, [0.25, -1.25], 0.75)
+CUBIC_H = torch.tensor([[1.125, 0, 0.1875], [0, -5.625, 4.6875], [0.1875, 4.6875, 0]], dtype=torch.float64)
 
 
 def test_truth_is_the_hessian():
@@ -67,13 +71,13 @@ def test_truth_is_the_hessian():
 
 @pytest.mark.parametrize("readout", READOUTS)
 def test_both_readouts_have_the_hessian_that_the_chain_rule_gives(readout):
-    quadratic = case(lambda x: x[0] * x[1], [0.4, -0.9])
-    u, first, second = -0.36, 1.0, 0.0
+    quadratic = case(lambda x: x[0] * x[1], [0.5, -0.75])
+    u, first, second = -0.375, 1.0, 0.0
     if readout == "curved":
         c = 1 + 0.3 * torch.sin(torch.tensor(1.0, dtype=torch.float64))
         angle = torch.tensor(1.1 * u + 0.2, dtype=torch.float64)
         first, second = float(1.1 * c * angle.cos()), float(-1.21 * c * angle.sin())
-    g = torch.tensor([-0.9, 0.4], dtype=torch.float64)
+    g = torch.tensor([-0.75, 0.5], dtype=torch.float64)
     H = second * torch.outer(g, g) + first * torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
     assert (truth(quadratic, readout).H - H).abs().max() < 1e-8
 
@@ -81,10 +85,10 @@ def test_both_readouts_have_the_hessian_that_the_chain_rule_gives(readout):
 @pytest.mark.parametrize("dtype", worker.DTYPES.values())
 def test_the_right_hessian_is_right_and_its_product_too(dtype):
     v = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-    found = truth(CUBIC, dtype=dtype)
-    assert compare(CUBIC_H.to(dtype), found)[0] == "right"
-    assert compare((CUBIC_H @ v).to(dtype), found, v)[0] == "right"
-    assert compare(CUBIC_H.diagonal().to(dtype), found.diagonal)[0] == "right"
+    found = truth(CUBIC)
+    assert compare(CUBIC_H.to(dtype), found, dtype)[0] == "right"
+    assert compare((CUBIC_H @ v).to(dtype), found, dtype, v)[0] == "right"
+    assert compare(CUBIC_H.diagonal().to(dtype), found.diagonal, dtype)[0] == "right"
 
 
 @pytest.mark.parametrize(("dtype", "off"), [(torch.float64, 1e-4), (torch.float32, 1e-2)])
@@ -92,20 +96,22 @@ def test_the_right_hessian_is_right_and_its_product_too(dtype):
 def test_one_wrong_entry_is_wrong(dtype, off, place):
     H = CUBIC_H.clone()
     H[place] += off
-    assert compare(H.to(dtype), truth(CUBIC, dtype=dtype))[0] == "wrong"
+    assert compare(H.to(dtype), truth(CUBIC), dtype)[0] == "wrong"
 
 
 @pytest.mark.parametrize("answer", [CUBIC_H * torch.nan, torch.zeros(3, 3), CUBIC_H[:2], torch.zeros(10, 3)])
 def test_a_result_that_is_no_number_or_zero_or_of_another_shape_is_wrong(answer):
-    assert compare(answer, truth(CUBIC))[0] == "wrong"
+    assert verdict(answer, truth(CUBIC)) == "wrong"
+
+
+def test_a_result_in_another_dtype_is_wrong():
+    assert compare(CUBIC_H, truth(CUBIC), torch.float32)[0] == "wrong"
 
 
 def test_a_wrong_small_block_is_not_hidden_by_a_large_one():
     scales = case(lambda x, y: 1e6 * x**4 + y**4, 1.0, 1.0)
-    H = torch.tensor([[12e6, 0], [0, 12.0]], dtype=torch.float64)
-    assert compare(H, truth(scales))[0] == "right"
-    H[1, 1] = 13.0
-    assert compare(H, truth(scales))[0] == "wrong"
+    assert verdict([[12e6, 0], [0, 12.0]], truth(scales)) == "right"
+    assert verdict([[12e6, 0], [0, 13.0]], truth(scales)) == "wrong"
 
 
 @pytest.mark.parametrize(
@@ -113,25 +119,24 @@ def test_a_wrong_small_block_is_not_hidden_by_a_large_one():
     [
         ("kink of f", torch.relu, [0.0, 1.0]),
         ("kink of the gradient", lambda x: torch.relu(x) ** 2, [0.0, 1.0]),
-        ("kink nearby", lambda x: (x - 1e-7).abs() ** 3 + (x - 1e-7).abs(), [0.0, 1.0]),
+        ("kink nearby", lambda x: (x - 1e-7).abs(), [0.0, 1.0]),
         ("a norm at 0", lambda x: (x**2).sum().sqrt(), [0.0, 0.0]),
         ("singular, flat along the axes", lambda x: (x.prod() ** 2).sqrt(), [0.0, 0.0]),
         ("infinite gradient", lambda x: x.sqrt(), [0.0, 1.0]),
-        ("staircase", lambda x: x.bfloat16() ** 2, [0.3, 1.0]),
+        ("staircase", lambda x: x.bfloat16() ** 2, [0.25, 1.0]),
     ],
 )
-@pytest.mark.parametrize("answer", [torch.zeros(2, 2), torch.eye(2)])
-def test_at_a_kink_nothing_is_concluded(name, op, point, answer):
+@pytest.mark.parametrize("entry", [0.0, 1.0, torch.nan])
+def test_at_a_kink_nothing_is_concluded(name, op, point, entry):
     found = truth(case(op, point))
-    assert not found.known[0, 0]
-    if name in ("a norm at 0", "singular, flat along the axes", "staircase"):
-        assert compare(answer, found)[0] == "inconclusive"
+    answer = torch.where(found.known, found.H, entry)
+    assert not found.known[0, 0] and verdict(answer, found) == "inconclusive"
 
 
 def test_a_wrong_entry_is_wrong_where_another_is_unknown():
     found = truth(case(lambda x: x.abs() ** 3 + x.abs(), [0.0, 1.0]))
-    assert compare(torch.tensor([[0.0, 0.0], [0.0, 6.0]]), found)[0] == "inconclusive"
-    assert compare(torch.tensor([[0.0, 0.0], [0.0, 5.0]]), found)[0] == "wrong"
+    assert verdict([[0.0, 0.0], [0.0, 6.0]], found) == "inconclusive"
+    assert verdict([[0.0, 0.0], [0.0, 5.0]], found) == "wrong"
 
 
 class WrongGradient(torch.autograd.Function):
@@ -149,22 +154,22 @@ class WrongGradient(torch.autograd.Function):
 
 
 def test_a_wrong_gradient_does_not_make_the_truth_wrong():
-    found = truth(case(lambda x: WrongGradient.apply(x), [0.5, 0.8]))
+    found = truth(case(lambda x: WrongGradient.apply(x), [0.5, 0.75]))
     assert found.by_values
-    assert (found.H - torch.tensor([[3.0, 0], [0, 4.8]])).abs().max() < 1e-4
-    assert compare(torch.tensor([[2.0, 0], [0, 3.2]]), found)[0] == "wrong"  # the derivative of the wrong gradient
+    assert (found.H - torch.tensor([[3.0, 0], [0, 4.5]])).abs().max() < 1e-4
+    assert verdict([[2.0, 0], [0, 3.0]], found) == "wrong"  # the derivative of the wrong gradient
 
 
 @pytest.mark.parametrize("op", [lambda x: torch.ones(2), lambda x: x.detach()])
 def test_what_has_no_gradient_makes_no_case(op):
     with pytest.raises((NoGradient, AttributeError)):
-        truth(case(op, [0.5, 0.8]))
+        truth(case(op, [0.5, 0.75]))
 
 
 def test_a_linear_function_has_a_known_hessian_of_zeros():
-    found = truth(case(lambda x: 3 * x, [0.5, 0.8]))
-    assert compare(torch.zeros(2, 2), found)[0] == "right"
-    assert compare(torch.full((2, 2), 1e-3), found)[0] == "wrong"
+    found = truth(case(lambda x: 3 * x, [0.5, 0.75]))
+    assert verdict(torch.zeros(2, 2), found) == "right"
+    assert verdict(torch.full((2, 2), 1e-3), found) == "wrong"
 
 
 # --------------------------------------------------------------------------------------------------- verdicts on calls
@@ -179,11 +184,22 @@ def test_every_call_is_right_about_a_cubic():
     assert set(verdicts(CUBIC, worker.CALLS).values()) == {"right"}
 
 
+class Once(torch.autograd.Function):
+    """x^2, which may be differentiated once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        return 2 * ctx.saved_tensors[0] * g
+
+
 def test_what_the_package_refuses_is_refused():
-    lost = case(lambda x: torch.segment_reduce(x, "sum", lengths=torch.tensor([1, 1])) ** 2, [0.5, 0.8])
-    assert set(verdicts(lost).values()) <= {"refused", "right"}
-    assert worker._is_refusal(worker.fh.MissingDerivativeError("hvp: ..."))
-    assert worker._is_refusal(ValueError("hvp: tangent ..."))
+    assert set(verdicts(case(lambda x: Once.apply(x), [0.5, 0.75])).values()) == {"refused"}
 
 
 def test_any_other_exception_is_a_crash():
@@ -192,8 +208,7 @@ def test_any_other_exception_is_a_crash():
             raise IndexError("inside a transform")
         return (x**3).sum()
 
-    assert set(verdicts(case(bad, [0.5, 0.8])).values()) == {"crash"}
-    assert not worker._is_refusal(RuntimeError("hvp: ...")) and not worker._is_refusal(ValueError("wrong number of values"))
+    assert set(verdicts(case(bad, [0.5, 0.75])).values()) == {"crash"}
 
 
 def test_a_hessian_of_torch_func_that_is_wrong_is_seen_and_ours_is_right():
@@ -245,7 +260,9 @@ def test_samples_become_cases(monkeypatch):
 def test_a_random_operation_is_judged_at_one_draw(monkeypatch):
     monkeypatch.setattr(opinfo, "_database", lambda: {"fake": FakeOp()})
     _, random = opinfo.cases("fake")
-    assert verdicts(random, ("hvp", "hessian", "hessian_rows")) == {"hvp": "right", "hessian": "right", "hessian_rows": "right"}
+    assert set(verdicts(random, ("hvp", "hessian", "hessian_rows")).values()) == {"right"}
+    found = truth(random)
+    assert found.draws and compare(found.H.float(), found, torch.float32)[0] == "inconclusive"
 
 
 # ----------------------------------------------------------------------------------------------------------- the processes
@@ -262,10 +279,10 @@ class Table:
     @staticmethod
     def cases(name):
         exponent = 3.0 if name == "deadly" else 2.0
-        yield Case(name, lambda x: (x ** exponent).sum(), (torch.tensor([0.5, 0.8], dtype=torch.float64),))
+        yield Case(name, lambda x: (x ** exponent).sum(), (torch.tensor([0.5, 0.75], dtype=torch.float64),))
 
 def hvp(p):
-    if p.x[0].dtype is torch.float64 and abs(p.f(*p.x) - (0.5 ** 3 + 0.8 ** 3)) < 1e-9:  # the plain readout of the deadly case
+    if p.x[0].dtype is torch.float64 and abs(p.f(*p.x) - (0.5 ** 3 + 0.75 ** 3)) < 1e-9:  # the plain readout of the deadly case
         os.kill(os.getpid(), signal.SIGKILL)
     return right(p)
 
@@ -278,7 +295,7 @@ worker.serve()
 def test_a_process_that_is_killed_costs_one_case():
     outcomes = sweep(sources=("own",), workers=1, command=(sys.executable, "-c", DEADLY))
     keys = [o.key for o in outcomes]
-    assert len(keys) == len(set(keys)) == 3 * len(READOUTS) * len(worker.DTYPES) * (1 + len(worker.CALLS))
+    assert len(keys) == len(set(keys)) == 3 * len(READOUTS) * (1 + len(worker.DTYPES) * len(worker.CALLS))
     (crashed,) = [o for o in outcomes if o.verdict == "crash"]
     assert crashed.key == "own:deadly|plain|float64|hvp" and "exit code -9" in crashed.detail
     assert {o.verdict for o in outcomes if o.call in worker.CALLS and o is not crashed} == {"right"}

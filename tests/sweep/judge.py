@@ -36,16 +36,18 @@ class NoGradient(Exception):
 class Truth:
     """H, n x n in the coordinates of the leaves one after another; ``error`` bounds, NaN where nothing is known.
 
-    ``scale`` is what an error is relative to, entry by entry: up to ``digits`` of it, and ``noise``, an answer may be off.
-    ``by_values`` says that the gradient was found wrong.
+    ``scale`` is what an error is relative to, entry by entry. ``lost`` says how many roundings of the dtype an answer may be
+    off, ``amplified`` how many times the relative rounding. ``by_values`` says that the gradient was found wrong, ``draws`` that
+    f draws other numbers in float32.
     """
 
     H: Tensor
     error: Tensor
     scale: Tensor
-    digits: float
-    noise: float = 0.0
+    lost: float = 0.0
+    amplified: float = 0.0
     by_values: bool = False
+    draws: bool = False
 
     @property
     def known(self) -> Tensor:
@@ -53,11 +55,21 @@ class Truth:
 
     @property
     def diagonal(self) -> Truth:
-        return Truth(self.H.diagonal(), self.error.diagonal(), self.scale.diagonal(), self.digits, self.noise, self.by_values)
+        parts = {name: getattr(self, name).diagonal() for name in ("H", "error", "scale")}
+        return dataclasses.replace(self, **parts)
+
+    def allowed(self, dtype: torch.dtype) -> tuple[float, float]:
+        """What rounding may do to an answer: relative to its scale, and absolutely.
+
+        In float64 1e-6 relatively: no wrong formula is that close. In float32 at least 2e-4, a few thousand roundings.
+        """
+        eps = torch.finfo(dtype).eps
+        relative = 1e-6 if dtype is torch.float64 else min(max(2e-4, self.amplified * eps), 0.1)
+        return max(relative, 1e-4) if self.by_values else relative, self.lost * eps
 
 
-def truth_of(problem: Problem, single: Problem, dtype: torch.dtype) -> Truth:
-    """The Hessian of a float64 problem, to judge answers in ``dtype``; ``single`` is the same problem in float32.
+def truth_of(problem: Problem, single: Problem) -> Truth:
+    """The Hessian of a float64 problem; ``single`` is the same one in float32, for what it loses there.
 
     Raises:
         NoGradient: plain autograd raises, or no leaf is reached.
@@ -65,34 +77,37 @@ def truth_of(problem: Problem, single: Problem, dtype: torch.dtype) -> Truth:
     x = torch.cat([t.reshape(-1) for t in problem.x])
     value, gradient = _flat_value(problem), _flat_gradient(problem)
     f, g = value(x), gradient(x)
-    digits, noise = _digits(single, g, f, dtype)
+    low = _flat_value(single)(torch.cat([t.reshape(-1) for t in single.x])).double()
+    draws = problem.seed is not None and not bool((low - f).abs() <= 1e-3 * (1 + f.abs()))
+    losses = _losses(single, g, f)
     if problem.rounds:
         nothing = torch.full((x.numel(), x.numel()), torch.nan, dtype=torch.float64)
-        return Truth(nothing, nothing, torch.ones_like(nothing), digits)
+        return Truth(nothing, nothing, torch.ones_like(nothing))
     slope = _differences(lambda at: value(at).reshape(1), x, f, lambda D, error: _value_scale(D, error, f))
     known = slope.known[0]
     wrong = known & ((g - slope.D[0]).abs() > 1e-5 * slope.scale[0] + 3 * slope.error[0])
     if wrong.any():
         H, error = _second_differences(value, x)
-        return Truth(H, error, _scale(H, error, g), max(digits, 1e-4), noise, by_values=True)
+        return Truth(H, error, _scale(H, error, g), *losses, by_values=True, draws=draws)
     bend = _differences(gradient, x, f, lambda D, error: _scale(D, error, g))
     unknown = ~(known & bend.linear & g.isfinite())  # at a kink of f, or a pole of its gradient, the gradient is a convention
     error = bend.error.masked_fill(unknown.unsqueeze(0) | unknown.unsqueeze(1), torch.nan)
-    return Truth(bend.D, error, bend.scale, digits, noise)
+    return Truth(bend.D, error, bend.scale, *losses, draws=draws)
 
 
-def compare(answer: Tensor, truth: Truth, v: Tensor | None = None) -> tuple[str, str]:
-    """Verdict and detail on H, or with ``v`` on H v."""
+def compare(answer: Tensor, truth: Truth, dtype: torch.dtype, v: Tensor | None = None) -> tuple[str, str]:
+    """Verdict and detail on H, or with ``v`` on H v, computed in ``dtype``."""
     H, error, scale, known = truth.H, truth.error, truth.scale, truth.known
     if v is not None:
         H, error, scale = H @ v, error.nan_to_num() @ v.abs(), scale @ v.abs()
         known = known.all(1)
-    answer = answer.detach().double()
-    if answer.shape != H.shape:
-        return "wrong", f"shape {tuple(answer.shape)}, not {tuple(H.shape)}"
-    off = (answer - H).abs() / scale
-    allowed = truth.digits + (truth.noise + 3 * error) / scale
-    bad = known & ~(off <= allowed)
+    if answer.shape != H.shape or answer.dtype != dtype:
+        return "wrong", f"shape {tuple(answer.shape)}, {answer.dtype}, not {tuple(H.shape)}, {dtype}"
+    if truth.draws and dtype is torch.float32:
+        return "inconclusive", "other random numbers are drawn in float32"
+    relative, absolute = truth.allowed(dtype)
+    off = (answer.detach().double() - H).abs() / scale
+    bad = known & ~(off <= relative + (absolute + 3 * error) / scale)
     if bad.any():
         worst = off.masked_fill(~known, 0).nan_to_num(torch.inf).max()
         return "wrong", f"off by {worst:.1e} of the scale in {int(bad.sum())} of {bad.numel()} entries"
@@ -136,23 +151,21 @@ def _split(at: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return [part.reshape(t.shape).clone() for part, t in zip(at.split([t.numel() for t in like]), like, strict=True)]
 
 
-def _digits(single: Problem, exact: Tensor, value: Tensor, dtype: torch.dtype) -> tuple[float, float]:
-    """What rounding may do to an answer in ``dtype``: relative to its scale, and absolutely.
+def _losses(single: Problem, exact: Tensor, value: Tensor) -> tuple[float, float]:
+    """How many roundings an answer may be off, absolutely and relatively.
 
-    The gradient in float32 tells how many roundings an operation loses: an error e of a gradient of size |g|. Its next
-    derivative loses about as many again, hence a factor of 100: 100 e / |g| relatively (at least 2e-4, a few thousand
-    roundings, and at most a tenth), and 100 e absolutely, for derivatives that cancel, at least 100 roundings of f. In float64
-    the absolute part is smaller by the ratio of the two precisions, and 1e-6 the relative one: no wrong formula is that close.
+    The gradient in float32 tells how many an operation loses: its error e, for a gradient of size |g|. The next derivative loses
+    about as many again, hence a factor of 100: 100 e / |g| relatively, and 100 e absolutely, for derivatives that cancel, of
+    which 100 roundings of f are the least.
     """
     try:
         shown = _flat_gradient(single)(torch.cat([t.reshape(-1) for t in single.x])).double()
         off = float((shown - exact).abs().nan_to_num(0.0, 0.0, 0.0).max())
     except NoGradient:
         off = 0.0
-    roundings = 100 * max(off / torch.finfo(torch.float32).eps, 1 + float(value.abs()))
+    off /= torch.finfo(torch.float32).eps
     size = float(exact.abs().max())
-    relative = 1e-6 if dtype is torch.float64 else min(max(2e-4, 100 * off / size if size > 0 else 0.0), 0.1)
-    return relative, roundings * torch.finfo(dtype).eps
+    return 100 * max(off, 1 + float(value.abs())), 100 * off / size if size > 0 else 0.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,14 +54,13 @@ class Problem:
     rounds: bool = False
 
 
-def problem_of(case: Case, readout: str, dtype: torch.dtype, rounded_to: torch.dtype | None = None) -> Problem:
-    """The problem in ``dtype``, every floating number of the case having first been rounded to ``rounded_to``."""
+def problem_of(case: Case, readout: str, dtype: torch.dtype) -> Problem:
+    """The problem in ``dtype``, at numbers that float32 holds: in every dtype it is one point."""
 
     def cast(t: Tensor) -> Tensor:
-        t = t.detach()
         if t.is_complex():
-            return t.to(rounded_to.to_complex() if rounded_to else t.dtype).to(dtype.to_complex())
-        return t.to(rounded_to or t.dtype).to(dtype) if t.is_floating_point() else t
+            return t.detach().to(torch.complex64).to(dtype.to_complex())
+        return t.detach().float().to(dtype) if t.is_floating_point() else t
 
     at = [cast(t) for t in case.leaves]
     constants = [cast(t) for t in case.constants]

@@ -111,6 +111,7 @@ PRODUCTS = ("hvp", "plain jvp(grad)", "plain vjp(grad)")
 
 def judged(call: str, problem: Problem, truth: Truth) -> tuple[str, str]:
     """The verdict on one call, and what there is to say about it."""
+    dtype = problem.x[0].dtype
     if problem.seed is not None:
         torch.manual_seed(problem.seed)
     try:
@@ -120,8 +121,8 @@ def judged(call: str, problem: Problem, truth: Truth) -> tuple[str, str]:
         refused = call in PEERS or _is_refusal(error)
         return "refused" if refused else "crash", text if refused else text + " @ " + _last_frames(error)
     if call == "hessian_diagonal":
-        return compare(answer, truth.diagonal)
-    return compare(answer, truth, _direction(problem).double() if call in PRODUCTS else None)
+        return compare(answer, truth.diagonal, dtype)
+    return compare(answer, truth, dtype, _direction(problem).double() if call in PRODUCTS else None)
 
 
 def _is_refusal(error: BaseException) -> bool:
@@ -144,30 +145,30 @@ def run(group: str, skip: set[str], say: Callable[[dict[str, Any]], None]) -> No
     source, name = group.split(":", 1)
     for number, case in enumerate(SOURCES[source].cases(name)):
         for readout in READOUTS if number == 0 else READOUTS[:1]:
-            for dtype in DTYPES:
-                _judge_case(case, readout, DTYPES[dtype], f"{source}:{case.name}|{readout}|{dtype}", skip, say)
+            _judge_case(case, readout, f"{source}:{case.name}|{readout}", skip, say)
     say({"done": group})
 
 
-def _judge_case(
-    case: Case, readout: str, dtype: torch.dtype, prefix: str, skip: set[str], say: Callable[[dict[str, Any]], None]
-) -> None:
-    calls = [call for call in CALLS if f"{prefix}|{call}" not in skip]
-    if not calls or (f"{prefix}|truth" in skip and len(calls) == len(CALLS)):  # done, or without a truth
+def _judge_case(case: Case, readout: str, prefix: str, skip: set[str], say: Callable[[dict[str, Any]], None]) -> None:
+    """Both dtypes at the point rounded to float32, so that one truth is for both."""
+    keys = {f"{prefix}|{dtype}|{call}": (dtype, call) for dtype in DTYPES for call in CALLS}
+    left = [key for key in keys if key not in skip]
+    key = f"{prefix}|-|truth"
+    if not left or (key in skip and len(left) == len(keys)):  # done, or without a truth
         return
-    say({"begin": f"{prefix}|truth"})
+    say({"begin": key})
     try:
-        problem = problem_of(case, readout, dtype)
-        exact, single = problem_of(case, readout, torch.float64, dtype), problem_of(case, readout, torch.float32)
-        truth = truth_of(exact, single, dtype)
+        problems = {name: problem_of(case, readout, dtype) for name, dtype in DTYPES.items()}
+        truth = truth_of(problems["float64"], problems["float32"])
     except Exception as error:
-        return say({"end": f"{prefix}|truth", "verdict": "none", "detail": f"{type(error).__name__}: {error}"[:400]})
-    detail = f"digits {truth.digits:.0e}, noise {truth.noise:.0e}"
-    say({"end": f"{prefix}|truth", "verdict": "by values" if truth.by_values else "truth", "detail": detail})
-    for call in calls:
-        say({"begin": f"{prefix}|{call}"})
-        verdict, detail = judged(call, problem, truth)
-        say({"end": f"{prefix}|{call}", "verdict": verdict, "detail": detail})
+        return say({"end": key, "verdict": "none", "detail": f"{type(error).__name__}: {error}"[:400]})
+    detail = f"{truth.lost:.0e} roundings may be lost, {truth.amplified:.0e} relatively"
+    say({"end": key, "verdict": "by values" if truth.by_values else "truth", "detail": detail})
+    for key in left:
+        dtype, call = keys[key]
+        say({"begin": key})
+        verdict, detail = judged(call, problems[dtype], truth)
+        say({"end": key, "verdict": verdict, "detail": detail})
 
 
 def serve() -> None:
