@@ -2,7 +2,7 @@
 
 from functional_hess import testing, tree
 from functional_hess.chunking import MemoryLimitError
-from functional_hess.guards import MissingDerivativeError, RandomnessError
+from functional_hess.guards import LowPrecisionWarning, MissingDerivativeError, RandomnessError
 from functional_hess.jacobians import jacfwd, jacrev
 from functional_hess.levels import DependenceError
 from functional_hess.modules import functionalize_module
@@ -49,6 +49,7 @@ __all__ = [
     # checks and errors
     "testing",
     "DependenceError",
+    "LowPrecisionWarning",
     "MemoryLimitError",
     "MissingDerivativeError",
     "RandomnessError",

@@ -14,7 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functional_hess.levels import flat_jvp, flat_vjp, flat_vmap, moves, plain, replaced, require_dependence, require_movement
+from functional_hess.guards import Replay, named_errors
+from functional_hess.levels import (
+    derived_from,
+    flat_jvp,
+    flat_vjp,
+    flat_vmap,
+    moves,
+    plain,
+    replaced,
+    require_dependence,
+    require_movement,
+)
 from functional_hess.transforms import Output, bind
 from functional_hess.tree import Space, flat
 
@@ -34,6 +45,13 @@ def jacfwd(
 ) -> Callable[..., Any]:
     """The Jacobian of f by columns: one forward pass for each coordinate of x, ``chunk_size`` at a time (all by default).
 
+    Args:
+        f: a function of trees that returns a tree.
+        argnums: the argument to differentiate; a tuple gives tuples of blocks.
+        has_aux: f returns ``(out, aux)``.
+        chunk_size: how many columns at a time.
+        randomness: ``"error"`` refuses a random f, ``"same"`` fixes one draw for all columns, ``"different"`` does not care.
+
     Returns:
         a function whose result is a tree of trees: the block of output leaf o and argument leaf p has shape
         ``o.shape + p.shape``. With ``has_aux`` the result is ``(jacobian, aux)``. Choose it over :func:`jacrev` when f has more
@@ -46,7 +64,7 @@ def jacfwd(
                 [0., 6.]])
     """
 
-    @functools.wraps(f, updated=())
+    @derived_from(f)
     def transformed(*args: Any, **kwargs: Any) -> Any:
         bound = bind("jacfwd", f, args, kwargs, argnums)
         seen: list[tuple[Output, Tensors]] = []
@@ -64,10 +82,11 @@ def jacfwd(
             return tangents
 
         parts = []
-        for pieces in _chunks("jacfwd", bound.space, chunk_size):
-            basis = bound.space.one_hot(pieces)
-            run = functools.partial(columns, tuple(basis))
-            parts.append(flat_vmap(run, randomness=randomness)(*basis.values()))
+        with Replay(randomness, bound.x, "jacfwd") as replay, named_errors("jacfwd", "forward"):
+            for pieces in _chunks("jacfwd", bound.space, chunk_size):
+                basis = bound.space.one_hot(pieces)
+                replay.rewind()
+                parts.append(flat_vmap(functools.partial(columns, tuple(basis)), randomness=randomness)(*basis.values()))
         if not parts:  # x has no coordinates
             output, outputs = Output.of("jacfwd", bound.call(*bound.x), has_aux)
             seen.append((output, output.kept))
@@ -100,7 +119,7 @@ def jacrev(
         {'sum': tensor([1., 1., 1.]), 'count': None}
     """
 
-    @functools.wraps(f, updated=())
+    @derived_from(f)
     def transformed(*args: Any, **kwargs: Any) -> Any:
         bound = bind("jacrev", f, args, kwargs, argnums)
         seen: list[Output] = []
@@ -111,7 +130,8 @@ def jacrev(
             seen.append(output)
             return outputs, output.kept
 
-        outputs, pullback, kept = flat_vjp(of_tensors, bound.x)
+        with named_errors("jacrev", "reverse"):
+            outputs, pullback, kept = flat_vjp(of_tensors, bound.x)
         output = seen[-1]
 
         def rows(touched: tuple[int, ...], *u: Tensor) -> Tensors:
@@ -122,7 +142,8 @@ def jacrev(
         for pieces in _chunks("jacrev", output.space, chunk_size):
             basis = output.space.one_hot(pieces)
             run = functools.partial(rows, tuple(basis))
-            parts.append(flat_vmap(run, randomness=randomness)(*basis.values()))
+            with named_errors("jacrev", "reverse"):
+                parts.append(flat_vmap(run, randomness=randomness)(*basis.values()))
         if not parts:  # f(x) has no coordinates
             parts.append(tuple(t.new_zeros((0, *t.shape)) for t in bound.x))
         by_leaf = [flat(torch.cat(row)) for row in zip(*parts, strict=True)]  # (m, size of leaf) each

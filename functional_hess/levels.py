@@ -10,6 +10,7 @@ What this floor adds to torch.func:
   derivatives were taken inside it (the second derivative of a linear function is zero, and right).
 * **Threads.** Forward mode is process-wide in torch: one re-entrant lock is held around forward-mode regions.
 * **Plain autograd.** Double backward without torch.func, for functions that no level of it can enter.
+* **No compilation.** ``torch.compile`` breaks its graph at a derivative, which runs as it would without.
 * **Plain results.** At the outermost level derivatives are contiguous tensors that share no storage by expansion.
 
 This is the only module that touches torch.func or torch.autograd. It knows nothing of trees: the floor above has them.
@@ -22,8 +23,9 @@ import functools
 import os
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -39,6 +41,9 @@ __all__ = [
     "at_depth",
     "constant_where_unused",
     "depth",
+    "Generators",
+    "derived_from",
+    "eagerly",
     "flat_double_backward",
     "flat_jvp",
     "flat_plain_value_and_grad",
@@ -46,6 +51,7 @@ __all__ = [
     "flat_value_and_grad",
     "flat_vjp",
     "flat_vmap",
+    "generators_in_use",
     "is_mapped_here",
     "is_outermost",
     "is_watched",
@@ -61,6 +67,8 @@ __all__ = [
 ]
 
 Tensors = tuple[Tensor, ...]
+Call = TypeVar("Call", bound=Callable[..., Any])
+Generators = weakref.WeakKeyDictionary[torch.Generator, Tensor]
 FORWARD_MODE_TIMEOUT = 300.0  # seconds
 _DIFFERENTIATES = (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
 
@@ -89,6 +97,23 @@ def at_depth(t: Tensor, depth: int) -> Tensor:
     return t
 
 
+def eagerly(call: Call) -> Call:
+    """``call``, at which ``torch.compile`` breaks its graph: the levels inside cannot be traced, and f in them would not be."""
+
+    @functools.wraps(call)
+    def eager(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(call)(*args, **kwargs)  # under fullgraph=True this line is the error's
+        return call(*args, **kwargs)
+
+    return cast(Call, eager)
+
+
+def derived_from(f: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator for the function that a transform of f returns: it bears f's name and runs eagerly."""
+    return lambda transformed: functools.wraps(f, updated=())(eagerly(transformed))
+
+
 def _depth() -> int:
     """How many levels of differentiation are active."""
     return sum(level.key() in _DIFFERENTIATES for level in _functorch.get_interpreter_stack() or ())
@@ -108,15 +133,18 @@ def _requires_grad_outside(args: Iterable[Any]) -> bool:
 
 
 class _Repairs(TorchFunctionMode):
-    """Swaps the ops of the table while derivatives nest, and remembers which it swapped."""
+    """Swaps the ops of the table while derivatives nest, and remembers which it swapped, and which generators were drawn from."""
 
-    def __init__(self, always: bool) -> None:
+    def __init__(self, always: bool, generators: Generators) -> None:
         super().__init__()
         self.always = always
         self.used: set[str] = set()
+        self.generators = generators
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
+        if (generator := kwargs.get("generator")) is not None:
+            self.generators.setdefault(generator, generator.get_state())
         composition = REPAIRS.get(func)
         if composition is None or not self._needed(func, args, kwargs):
             return func(*args, **kwargs)
@@ -142,12 +170,24 @@ def repaired(*, always: bool = False, fresh: bool = False) -> Iterator[set[str]]
     Yields:
         the names of the ops swapped so far.
     """
-    for mode in _get_current_function_mode_stack():
-        if isinstance(mode, _Repairs) and not fresh and (mode.always or not always):
-            yield mode.used
-            return
-    with _Repairs(always) as mode:
+    active = _active_repairs()
+    if active and not fresh and (active.always or not always):
+        yield active.used
+        return
+    with _Repairs(always, active.generators if active else weakref.WeakKeyDictionary()) as mode:
         yield mode.used
+
+
+def _active_repairs() -> _Repairs | None:
+    """The innermost mode, or one that swaps at every depth."""
+    active = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, _Repairs)]
+    return next((mode for mode in active if mode.always), active[-1] if active else None)
+
+
+def generators_in_use() -> Generators:
+    """The generators that ops inside :func:`repaired` were given, with the states they had when they were met first."""
+    active = _active_repairs()
+    return active.generators if active else weakref.WeakKeyDictionary()
 
 
 class _ForwardModeLock:
@@ -295,12 +335,12 @@ def _written_by_user(function: Any) -> set[Any]:
     return found
 
 
-def require_every_leaf(verb: str, outputs: Sequence[Tensor], tensors: Sequence[Tensor], space: Space | None) -> None:
+def require_every_leaf(verb: str, outputs: Sequence[Tensor], tensors: Sequence[Tensor], space: Space, name: str = "x") -> None:
     """strict=True: every leaf is reached from the outputs in the graph of the current level."""
     reached = _graph(outputs)
     for leaf, t in enumerate(tensors):
         if torch.autograd.graph.get_gradient_edge(t).node not in reached:
-            where = space.name_of(leaf) if space else f"x[{leaf}]"
+            where = space.name_of(leaf, name)
             raise DependenceError(
                 f"{verb}: f does not depend on {where} (strict=True); its derivative is zero. Leave strict out if that is right."
             )
@@ -403,7 +443,12 @@ def flat_vmap(
 
 
 def flat_plain_value_and_grad(
-    f: Callable[..., tuple[Tensor, Any]], x: Tensors, wrt: Sequence[int] | None = None, *, verb: str
+    f: Callable[..., tuple[Tensor, Any]],
+    x: Tensors,
+    wrt: Sequence[int] | None = None,
+    *,
+    verb: str,
+    strict: Space | None = None,
 ) -> tuple[tuple[Tensor, Any], Tensors]:
     """``((value, aux), gradient)`` by plain autograd, for functions that no functorch level can enter."""
     grad_mode = torch.is_grad_enabled()
@@ -412,6 +457,8 @@ def flat_plain_value_and_grad(
         with _Recomputation() as recomputation:
             value, aux = f(*alias)
         _require_watched(value, verb)
+        if strict is not None:
+            require_every_leaf(verb, [value], alias, strict)
         outside = grad_mode and _reaches_beyond(value, x, alias)
         variables = alias if wrt is None else [alias[i] for i in wrt]
         with recomputation.watched():

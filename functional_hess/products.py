@@ -28,11 +28,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functional_hess.guards import RandomnessError, Replay, missing_rule, no_mode_left, randomness_message
+from functional_hess.guards import (
+    RandomnessError,
+    Replay,
+    missing_rule,
+    no_mode_left,
+    randomness_message,
+    value_and_gradient,
+    warn_of_low_precision,
+)
 from functional_hess.levels import (
+    eagerly,
     flat_double_backward,
     flat_jvp,
-    flat_plain_value_and_grad,
     flat_value_and_grad,
     flat_vjp,
     flat_vmap,
@@ -40,9 +48,9 @@ from functional_hess.levels import (
     plain,
 )
 from functional_hess.transforms import Bound, bind
-from functional_hess.tree import tensors_of
+from functional_hess.tree import Space, tensors_of
 
-__all__ = ["MODES", "Product", "first_mode_that_works", "grad_and_hvp", "hvp", "product_at", "rows_of", "value_and_gradient"]
+__all__ = ["MODES", "Product", "first_mode_that_works", "grad_and_hvp", "hvp", "product_at", "rows_of"]
 
 Tensors = tuple[Tensor, ...]
 Scalar = Callable[..., tuple[Tensor, Any]]
@@ -139,16 +147,6 @@ def _step(x: Tensors, v: dict[int, Tensor]) -> Tensor:
     return eps**0.2 * size.double().max().clamp(min=1) / length.max().clamp(min=torch.finfo(torch.float64).tiny)
 
 
-def value_and_gradient(f: Scalar, x: Tensors, verb: str, wrt: Sequence[int] | None = None) -> tuple[tuple[Tensor, Any], Tensors]:
-    """``((value, aux), gradient)``; by plain autograd where no functorch level can enter f and none is active."""
-    try:
-        return flat_value_and_grad(f, x, wrt, verb=verb)
-    except RuntimeError as error:
-        if not (missing_rule(error) and is_outermost()):
-            raise
-    return flat_plain_value_and_grad(f, x, wrt, verb=verb)
-
-
 def rows_of(product: Product, mode: str, v: dict[int, Tensor], randomness: str = "error") -> Tensors:
     """H v for vectors stacked along the first dimension: one ``vmap``, or a loop in the modes that no ``vmap`` can enter."""
     touched = tuple(v)
@@ -212,6 +210,7 @@ def hvp(
     *args: Any,
     mode: str = "auto",
     has_aux: bool = False,
+    strict: bool = False,
     randomness: str = "error",
 ) -> Any:
     """The product of the Hessian of f at x with v: H v, a tree like x.
@@ -223,6 +222,7 @@ def hvp(
         args: further arguments of f.
         mode: ``"auto"`` or one of ``MODES``: see this module's docstring.
         has_aux: f returns ``(value, aux)``; the result is ``(H v, aux)``.
+        strict: refuse a leaf on which f does not depend, instead of zeros in the product.
         randomness: ``"error"`` refuses a random f; ``"same"`` gives each evaluation the same draw; ``"different"`` does not care.
 
     Returns:
@@ -244,7 +244,7 @@ def hvp(
         >>> hvp(lambda x: x[0] ** 2 * x[1], torch.tensor([3.0, 5.0]), torch.tensor([1.0, 0.0]))
         tensor([10.,  6.])
     """
-    _, product, aux = _both("hvp", f, x, v, args, mode, has_aux, randomness, with_gradient=False)
+    _, product, aux = _both("hvp", f, x, v, args, mode, has_aux, strict, randomness, with_gradient=False)
     return (product, aux) if has_aux else product
 
 
@@ -255,6 +255,7 @@ def grad_and_hvp(
     *args: Any,
     mode: str = "auto",
     has_aux: bool = False,
+    strict: bool = False,
     randomness: str = "error",
 ) -> Any:
     """The gradient and the product H v in one pass: ``(g, H v)``, with ``has_aux`` ``((g, aux), H v)``.
@@ -266,10 +267,11 @@ def grad_and_hvp(
         >>> grad_and_hvp(lambda x: (x**3).sum(), torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0]))
         (tensor([ 3., 12.]), tensor([ 6., 12.]))
     """
-    gradient, product, aux = _both("grad_and_hvp", f, x, v, args, mode, has_aux, randomness, with_gradient=True)
+    gradient, product, aux = _both("grad_and_hvp", f, x, v, args, mode, has_aux, strict, randomness, with_gradient=True)
     return ((gradient, aux), product) if has_aux else (gradient, product)
 
 
+@eagerly
 def _both(
     verb: str,
     f: Callable[..., Any],
@@ -278,23 +280,25 @@ def _both(
     args: tuple[Any, ...],
     mode: str,
     has_aux: bool,
+    strict: bool,
     randomness: str,
     with_gradient: bool,
 ) -> tuple[Any, Any, Any]:
     bound = bind(verb, f, (x, *args), {}, 0)
     tangents = dict(enumerate(bound.space.pack(v, "tangent")))
-    scalar = bound.scalar(has_aux)
+    warn_of_low_precision(verb, bound.space)
+    scalar, every_leaf = bound.scalar(has_aux), bound.space if strict else None
 
     def attempt(candidate: str) -> tuple[Tensors | None, Tensors, Any]:
         replay.rewind()
         if candidate == FORWARD_OVER_REVERSE:
-            return _one_pass(bound, scalar, tangents)
+            return _one_pass(bound, scalar, tangents, every_leaf)
         leaves = tuple(bound.space.leaves)
-        product = product_at(scalar, bound.x, candidate, leaves, leaves, verb=verb)(tangents)
-        if not with_gradient and not has_aux:
+        product = product_at(replay.each(scalar), bound.x, candidate, leaves, leaves, verb=verb)(tangents)
+        if not (with_gradient or has_aux or strict):
             return None, product, None
         replay.rewind()
-        (_, aux), gradient = value_and_gradient(scalar, bound.x, verb)
+        (_, aux), gradient = value_and_gradient(scalar, bound.x, verb, strict=every_leaf)
         return gradient, product, aux
 
     with Replay(randomness, bound.x, verb) as replay:
@@ -303,12 +307,14 @@ def _both(
     return bound.space.unpack(plain(gradient)) if with_gradient else None, bound.space.unpack(plain(product)), aux
 
 
-def _one_pass(bound: Bound, scalar: Scalar, tangents: dict[int, Tensor]) -> tuple[Tensors, Tensors, Any]:
+def _one_pass(
+    bound: Bound, scalar: Scalar, tangents: dict[int, Tensor], every_leaf: Space | None
+) -> tuple[Tensors, Tensors, Any]:
     """Forward-over-reverse: gradient, product and aux of one evaluation."""
     rebuild: list[Any] = []
 
     def gradient(*moved: Tensor) -> tuple[Tensors, Tensors]:
-        (_, aux), g = flat_value_and_grad(scalar, moved, verb=bound.verb)
+        (_, aux), g = flat_value_and_grad(scalar, moved, verb=bound.verb, strict=every_leaf)
         kept, back = tensors_of(aux)
         rebuild.append(back)
         return g, kept

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from functional_hess.chunking import Estimate, Survey, chunk_for, closed_bound, measured, progress_bar, survey
-from functional_hess.guards import MissingDerivativeError, Replay
+from functional_hess.guards import MissingDerivativeError, Replay, value_and_gradient, warn_of_low_precision
 from functional_hess.products import (
     FINITE_DIFFERENCE,
     FORWARD_OVER_REVERSE,
@@ -31,7 +31,7 @@ from functional_hess.products import (
     product_at,
     rows_of,
 )
-from functional_hess.transforms import Bound, bind, flat_value_and_grad, is_outermost, repaired
+from functional_hess.transforms import Bound, bind, is_outermost, repaired
 from functional_hess.tree import Piece, Space, tensors_of
 
 __all__ = [
@@ -156,13 +156,14 @@ def look(
 ) -> Problem:
     """Evaluate f once, watched: its value, which leaf it uses first, how much its graph will weigh."""
     bound = bind(verb, f, args, kwargs, argnums)
+    warn_of_low_precision(verb, bound.space)
     scalar = bound.scalar(options.has_aux)
     with Replay(options.randomness, bound.x, verb) as replay:
         seen = survey(lambda *x: bound.split(x, options.has_aux), bound.x)
         replay.finish(bound.call, bound.x)
         if options.strict:
             replay.rewind()
-            flat_value_and_grad(scalar, bound.x, verb=verb, strict=bound.space)
+            value_and_gradient(scalar, bound.x, verb, strict=bound.space)
     return Problem(f, bound, scalar, seen, options)
 
 
@@ -338,7 +339,8 @@ class _Runner:
             if candidate not in self.products:
                 self.replay.rewind()
                 x = problem.bound.x
-                self.products[candidate] = product_at(problem.scalar, x, candidate, group.rows, group.columns, verb=problem.verb)
+                f = self.replay.each(problem.scalar)
+                self.products[candidate] = product_at(f, x, candidate, group.rows, group.columns, verb=problem.verb)
             self.replay.rewind()
             return candidate, rows_of(self.products[candidate], candidate, v, problem.options.randomness)
 

@@ -26,13 +26,14 @@ from torch import Tensor
 
 from functional_hess.blocks import Blocks, require_out
 from functional_hess.chunking import megabytes, progress_bar
+from functional_hess.guards import value_and_gradient
+from functional_hess.levels import derived_from
 from functional_hess.products import (
     FORWARD_OVER_REVERSE,
     REVERSE_OVER_REVERSE,
     first_mode_that_works,
     product_at,
     rows_of,
-    value_and_gradient,
 )
 from functional_hess.rows import BY_COLUMNS, Options, Plan, Problem, chunks_of, evaluate, look, plan_rows, try_one_row
 from functional_hess.transforms import flat_vmap, plain
@@ -113,7 +114,7 @@ def hessian(
             require_out(problem, out)
         return _dense_plan(problem, symmetric, out)
 
-    @functools.wraps(f, updated=())
+    @derived_from(f)
     def transformed(*args: Any, **kwargs: Any) -> Any:
         plan = planned(*args, **kwargs)
         H = _dense(plan, symmetric, out) if plan.problem.is_scalar else _dense_of_each_output(plan)
@@ -159,7 +160,7 @@ def value_grad_and_hessian(
         progress=progress,
     )
 
-    @functools.wraps(f, updated=())
+    @derived_from(f)
     def transformed(*args: Any, **kwargs: Any) -> Any:
         plan: Plan = second.planned(*args, **kwargs)  # type: ignore[attr-defined]
         problem = plan.problem
@@ -207,7 +208,7 @@ def hessian_rows(
         chosen = range(problem.space.dim) if rows is None else _checked(rows, problem.space.dim)
         return plan_rows(problem, [(piece, every) for piece in problem.space.pieces(chosen)], output=0)
 
-    @functools.wraps(f, updated=())
+    @derived_from(f)
     def transformed(*args: Any, **kwargs: Any) -> Iterator[tuple[Sequence[int], Tensor]]:
         return _stream(planned(*args, **kwargs))
 
@@ -267,7 +268,7 @@ def hessian_diagonal(
         wanted = [(_whole(problem.space, leaf), (leaf,)) for leaf in problem.seen.order]
         return plan_rows(problem, wanted, output=sum(t.numel() * t.element_size() for t in problem.bound.x))
 
-    @functools.wraps(f, updated=())
+    @derived_from(f)
     def transformed(*args: Any, **kwargs: Any) -> Any:
         plan = planned(*args, **kwargs)
         space = plan.problem.space
@@ -329,7 +330,7 @@ def hessian_blocks(
         wanted = [(_whole(space, leaf), tuple(sorted(against[leaf]))) for leaf in problem.seen.order if leaf in against]
         return plan_rows(problem, wanted, output=sum(_bytes_of(space, p, q) for p, q in chosen))
 
-    @functools.wraps(f, updated=())
+    @derived_from(f)
     def transformed(*args: Any, **kwargs: Any) -> Any:
         plan = planned(*args, **kwargs)
         space = plan.problem.space

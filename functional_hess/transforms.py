@@ -10,15 +10,17 @@ Jacobians, which are transforms mapped over unit vectors, stand on the next floo
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from functional_hess.guards import named_errors, value_and_gradient
 from functional_hess.levels import (
     DependenceError,
+    derived_from,
+    eagerly,
     flat_double_backward,
     flat_jvp,
     flat_plain_value_and_grad,
@@ -191,10 +193,12 @@ def value_and_grad(
         (tensor(9.), {'a': tensor([ 3., 12.]), 'step': None})
     """
 
-    @functools.wraps(f, updated=())
+    @derived_from(f)
     def transformed(*args: Any, **kwargs: Any) -> Any:
         bound = bind("grad", f, args, kwargs, argnums)
-        (value, aux), gradient = flat_value_and_grad(bound.scalar(has_aux), bound.x, strict=bound.space if strict else None)
+        with named_errors("grad", "reverse"):
+            scalar, every_leaf = bound.scalar(has_aux), bound.space if strict else None
+            (value, aux), gradient = value_and_gradient(scalar, bound.x, "grad", strict=every_leaf)
         result = bound.space.unpack(plain(gradient))
         return ((value, aux), result) if has_aux else (value, result)
 
@@ -215,7 +219,7 @@ def grad(
     """
     both = value_and_grad(f, argnums, has_aux=has_aux, strict=strict)
 
-    @functools.wraps(f, updated=())
+    @derived_from(f)
     def transformed(*args: Any, **kwargs: Any) -> Any:
         value, gradient = both(*args, **kwargs)
         return (gradient, value[1]) if has_aux else gradient
@@ -279,6 +283,13 @@ def jvp(
         >>> jvp(torch.sin, (torch.tensor(0.0),), (torch.tensor(2.0),))
         (tensor(0.), tensor(2.))
     """
+    return _jvp(f, primals, tangents, has_aux, strict)
+
+
+@eagerly
+def _jvp(
+    f: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...], has_aux: bool, strict: bool
+) -> tuple[Any, ...]:
     for name, given in (("primals", primals), ("tangents", tangents)):
         if not isinstance(given, (tuple, list)):
             raise TypeError(f"jvp: {name} must be a tuple of arguments, got {type(given).__name__}. Write ({name[:-1]},).")
@@ -292,7 +303,8 @@ def jvp(
         seen.append(output)
         return outputs, output.kept
 
-    outputs, out_tangents, kept = flat_jvp(of_tensors, bound.x, v)
+    with named_errors("jvp", "forward"):
+        outputs, out_tangents, kept = flat_jvp(of_tensors, bound.x, v)
     out, out_tangent = seen[-1].value(outputs, kept), seen[-1].space.unpack(plain(out_tangents))
     return (out, out_tangent, seen[-1].aux_value(kept)) if has_aux else (out, out_tangent)
 
@@ -328,6 +340,7 @@ def vjp(f: Callable[..., Any], *primals: Any, has_aux: bool = False, strict: boo
     return _vjp(f, primals, has_aux, strict, guard=True)
 
 
+@eagerly
 def _vjp(f: Callable[..., Any], primals: tuple[Any, ...], has_aux: bool, strict: bool, guard: bool) -> tuple[Any, ...]:
     bound = bind("vjp", f, primals, {}, tuple(range(len(primals))))
     seen: list[Output] = []
@@ -337,13 +350,15 @@ def _vjp(f: Callable[..., Any], primals: tuple[Any, ...], has_aux: bool, strict:
         if guard:
             require_dependence("vjp", outputs, bound.call, tensors)
         if strict:
-            require_every_leaf("vjp", outputs, tensors, bound.space)
+            require_every_leaf("vjp", outputs, tensors, bound.space, "primals")
         seen.append(output)
         return outputs, output.kept
 
-    outputs, pull, kept = flat_vjp(of_tensors, bound.x)
+    with named_errors("vjp", "reverse"):
+        outputs, pull, kept = flat_vjp(of_tensors, bound.x)
     output = seen[-1]
 
+    @eagerly
     def pullback(cotangents: Tree) -> tuple[Any, ...]:
         return bound.space.unpack(plain(pull(output.space.pack(cotangents, "cotangent"))))
 
@@ -366,11 +381,17 @@ def linearize(f: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., 
         >>> pushforward({"a": torch.tensor(1.0), "b": torch.tensor(10.0)})
         tensor(25.)
     """
+    return _linearize(f, primals)
+
+
+@eagerly
+def _linearize(f: Callable[..., Any], primals: tuple[Any, ...]) -> tuple[Any, Callable[..., Any]]:
     out, pullback = vjp(f, *primals)
     space, x_space = Space.of(out, "f(x)"), Space.of(primals, "primals")
     zero = space.unpack([torch.zeros_like(t) for t in space.pack(out, "f(x)")])
     _, transpose = _vjp(pullback, (zero,), has_aux=False, strict=False, guard=False)
 
+    @eagerly
     def pushforward(*tangents: Any) -> Any:
         x_space.pack(tangents, "tangents")
         return transpose(tangents)[0]
@@ -402,7 +423,7 @@ def vmap(
         tensor([ 6., 24.])
     """
 
-    @functools.wraps(f, updated=())
+    @derived_from(f)
     def transformed(*args: Any, **kwargs: Any) -> Any:
         tensors, rebuild = tensors_of(args)
         dims = _in_dims(in_dims, args, tensors)

@@ -73,6 +73,21 @@ class Unknown:
     weight: Tensor
 
 
+GOES_ON = torch.Generator()
+
+
+class Unentered(torch.autograd.Function):
+    """2x without setup_context."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        return 2 * cotangent
+
+
 class Cube(torch.autograd.Function):
     """x^3, with rules by hand; those below it have a wrong one, or lack one."""
 
@@ -673,6 +688,29 @@ ROWS: dict[str, list[Row]] = {
             "hvp: f draws random numbers (dropout?), so each product would belong to another function. Pass "
             "randomness='same' to fix one draw for the whole call, or switch the module to eval mode.",
             lambda _: fh.vmap(lambda v: fh.hvp(drawn, W, v))(torch.eye(2)),
+        ),
+        Row(
+            "f",
+            fh.RandomnessError,
+            "hvp: f draws from a torch.Generator that goes on from evaluation to evaluation, so each product would belong to "
+            "another function. Pass randomness='same' to fix one draw for the whole call, or seed it inside f.",
+            lambda _: fh.hvp(lambda x: (x**2 * torch.rand(2, generator=GOES_ON)).sum(), W, W),
+        ),
+        Row(
+            "f",
+            fh.RandomnessError,
+            "jacfwd: f draws random numbers (dropout?), so each product would belong to another function. Pass "
+            "randomness='same' to fix one draw for the whole call, or switch the module to eval mode.",
+            lambda _: fh.jacfwd(drawn)(W),
+        ),
+        Row(
+            "that op",
+            fh.MissingDerivativeError,
+            "vjp: cannot differentiate f once (reverse: In order to use an autograd.Function with functorch transforms (vmap, "
+            "grad, jvp, jacrev, ...), it must override the setup_context staticmethod), called at test_errors.py:.... Write that "
+            "op as a composition of differentiable ones, or move what its forward keeps for the backward into a setup_context "
+            "staticmethod.",
+            lambda _: fh.vjp(lambda x: Unentered.apply(x), W),
         ),
     ],
     "Hessians": [

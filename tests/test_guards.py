@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import random
 import threading
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import numbers
+from networks import network, numbers
 from oracles import relative_error
-from torch import Tensor
+from torch import Tensor, nn
 
 import functional_hess as fh
-from functional_hess import DependenceError, MissingDerivativeError, RandomnessError
+from functional_hess import DependenceError, LowPrecisionWarning, MissingDerivativeError, RandomnessError
 from functional_hess.guards import Replay, missing_rule, no_mode_left
+from functional_hess.products import MODES
 
 X = numbers(3)
 
@@ -121,15 +126,131 @@ def test_a_derivative_of_a_linear_function_is_constant_and_no_error():
     assert relative_error(fh.hvp(lambda x: torch.trace(fh.hessian(lambda x: (x**2).sum())(x)), X, X), torch.zeros(3)) == 0
 
 
-def test_a_broken_graph_in_one_leaf_is_a_zero_unless_strict():
-    def f(x: Any) -> Tensor:
-        return (x["a"] ** 2).sum() + (x["b"].detach() ** 2).sum()
+BROKEN_IN_B: dict[str, Callable[[Tensor], Tensor]] = {
+    "unused": lambda b: torch.zeros(3, dtype=torch.float64),
+    "detached": lambda b: b.detach() ** 2,
+    "data": lambda b: b.data**2,
+    "no_grad": lambda b: torch.no_grad()(lambda: b**2)(),
+    "argmax": lambda b: b.argmax().double(),
+    "compared": lambda b: (b > 0).double(),
+    "bucketized": lambda b: torch.bucketize(b, torch.tensor([0.0, 1.0], dtype=torch.float64)).double(),
+    "rebuilt": lambda b: torch.zeros(3, dtype=torch.float64).copy_(b.detach()),
+}
+WHOLE_IN_B: dict[str, Callable[[Tensor], Tensor]] = {
+    "linear": lambda b: b,
+    "partly detached": lambda b: b * b.detach(),
+    "times zero": lambda b: 0.0 * b**2,
+    "relu where it is off": lambda b: F.relu(b - 100),
+}
+STRICT = {
+    "grad": lambda f, x, **how: fh.grad(f, **how)(x),
+    "value_and_grad": lambda f, x, **how: fh.value_and_grad(f, **how)(x)[1],
+    "vjp": lambda f, x, **how: fh.vjp(f, x, **how)[1](torch.ones((), dtype=torch.float64))[0],
+    "hvp": lambda f, x, **how: fh.hvp(f, x, x, **how),
+    "grad_and_hvp": lambda f, x, **how: fh.grad_and_hvp(f, x, x, **how)[1],
+    "hessian": lambda f, x, **how: fh.hessian(f, **how)(x),
+    "value_grad_and_hessian": lambda f, x, **how: fh.value_grad_and_hessian(f, **how)(x)[2],
+    "hessian_blocks": lambda f, x, **how: fh.hessian_blocks(f, **how)(x),
+    "hessian_diagonal": lambda f, x, **how: fh.hessian_diagonal(f, **how)(x),
+    "hessian_rows": lambda f, x, **how: [*fh.hessian_rows(f, **how)(x)],
+}
+SECOND = [name for name in STRICT if name not in ("grad", "value_and_grad", "vjp")]
+in_two_leaves = pytest.mark.parametrize("verb", STRICT)
 
+
+def of_a_and(part: Callable[[Tensor], Tensor]) -> Callable[[Any], Tensor]:
+    return lambda x: (x["a"] ** 2).sum() + part(x["b"]).sum()
+
+
+@in_two_leaves
+@pytest.mark.parametrize("part", BROKEN_IN_B.values(), ids=BROKEN_IN_B)
+def test_a_broken_graph_in_one_leaf_is_a_zero_unless_strict(part, verb):
+    f, x = of_a_and(part), {"a": X, "b": X}
+    STRICT[verb](f, x)  # zeros in b, and no error
+    with pytest.raises(DependenceError, match=r"f does not depend on (x|primals\[0\])\['b'\] \(strict=True\)"):
+        STRICT[verb](f, x, strict=True)
+
+
+@in_two_leaves
+@pytest.mark.parametrize("part", WHOLE_IN_B.values(), ids=WHOLE_IN_B)
+def test_a_leaf_whose_derivative_is_rightly_zero_is_not_refused_by_strict(part, verb):
+    f, x = of_a_and(part), {"a": X, "b": X}
+    strict, loose = STRICT[verb](f, x, strict=True), STRICT[verb](f, x)
+    if verb == "hessian_rows":
+        strict, loose = strict[0][1], loose[0][1]
+    assert relative_error(strict, loose) == 0
+
+
+@pytest.mark.parametrize("verb", SECOND)
+@pytest.mark.parametrize("mode", MODES)
+def test_strict_holds_in_every_mode(verb, mode):
     x = {"a": X, "b": X}
-    assert relative_error(fh.hessian(f)(x)["b"]["b"], torch.zeros(3, 3)) == 0
-    for verb in (fh.hessian, fh.hessian_diagonal, fh.hessian_blocks):
-        with pytest.raises(DependenceError, match=r"f does not depend on x\['b'\] \(strict=True\)"):
-            verb(f, strict=True)(x)
+    with pytest.raises(DependenceError, match=r"does not depend on x\['b'\]"):
+        STRICT[verb](of_a_and(BROKEN_IN_B["detached"]), x, strict=True, mode=mode)
+    STRICT[verb](of_a_and(WHOLE_IN_B["linear"]), x, strict=True, mode=mode)
+
+
+class Twice(torch.autograd.Function):
+    """2x without setup_context, which no level of torch.func can enter."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        return 2 * cotangent
+
+
+def test_strict_is_asked_of_plain_autograd_where_no_level_can_enter():
+    x = {"a": X, "b": X}
+    for name in STRICT:
+        if name == "vjp":
+            continue
+        STRICT[name](lambda x: (Twice.apply(x["a"]) ** 2).sum() + x["b"].sum(), x, strict=True)
+        with pytest.raises(DependenceError, match=r"does not depend on x\['b'\]"):
+            STRICT[name](lambda x: (Twice.apply(x["a"]) ** 2).sum(), x, strict=True)
+
+
+# First derivatives without a rule -------------------------------------------------------------------------------------
+
+
+def of_twice(x: Tensor) -> Tensor:
+    return (Twice.apply(x) ** 3).sum()
+
+
+def test_a_gradient_goes_around_a_missing_rule_by_plain_autograd():
+    assert relative_error(fh.grad(of_twice)(X), 24 * X**2) < 1e-14
+    value, gradient = fh.value_and_grad(of_twice)(X)
+    assert relative_error((value, gradient), ((8 * X**3).sum(), 24 * X**2)) < 1e-14
+
+
+FIRST = {
+    "vjp": lambda: fh.vjp(of_twice, X),
+    "linearize": lambda: fh.linearize(of_twice, X),
+    "jvp": lambda: fh.jvp(of_twice, (X,), (X,)),
+    "jacfwd": lambda: fh.jacfwd(of_twice)(X),
+    "jacrev": lambda: fh.jacrev(of_twice)(X),
+}
+
+
+@pytest.mark.parametrize("call", FIRST.values(), ids=FIRST)
+def test_a_first_derivative_without_a_rule_is_a_named_error_with_the_remedy(call):
+    with pytest.raises(
+        MissingDerivativeError, match=r"cannot differentiate f once \(.*setup_context.*test_guards.py:\d+\."
+    ) as told:
+        call()
+    assert "or move what its forward keeps for the backward into a setup_context staticmethod." in str(told.value)
+
+
+def test_inside_another_transform_the_outer_call_finds_its_way():
+    """The inner gradient has no level to enter, the outer product takes plain autograd for both."""
+    assert (
+        relative_error(fh.hvp(lambda x: of_twice(x) + fh.grad(lambda x: (x**4).sum())(x).sum(), X, X), 48 * X**2 + 24 * X**2)
+        < 1e-14
+    )
+    with pytest.raises(MissingDerivativeError, match="cannot differentiate f once"):
+        fh.jvp(lambda x: fh.grad(of_twice)(x), (X,), (X,))
 
 
 # Randomness -----------------------------------------------------------------------------------------------------------
@@ -203,7 +324,226 @@ def test_a_generator_of_the_functions_own_is_its_own_affair():
         return (weights * x**3).sum()
 
     weights = torch.rand(3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    assert relative_error(fh.hvp(f, X, X, randomness="same"), 6 * weights * X * X) < 1e-14
+    for randomness in ("error", "same"):
+        for mode in MODES:
+            assert relative_error(fh.hvp(f, X, X, randomness=randomness, mode=mode), 6 * weights * X * X) < 1e-9
+
+
+def draws_from(source: Callable[[], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A function with a random Hessian: sum w_i x_i^3 with w drawn at each evaluation."""
+    return lambda x: (source() * x**3).sum()
+
+
+def numbers_of(state: Any) -> Any:
+    """Something that compares with ==."""
+    return tuple(map(numbers_of, state)) if isinstance(state, tuple) else state.tolist() if hasattr(state, "tolist") else state
+
+
+OWN = torch.Generator()
+SOURCES: dict[str, tuple[Callable[[], Tensor], Callable[[], Any]]] = {
+    "torch": (lambda: torch.rand(3, dtype=torch.float64), torch.get_rng_state),
+    "a generator": (lambda: torch.rand(3, generator=OWN, dtype=torch.float64), OWN.get_state),
+    "python": (lambda: torch.tensor([random.random() for _ in range(3)], dtype=torch.float64), random.getstate),
+    "numpy": (lambda: torch.from_numpy(np.random.rand(3)), np.random.get_state),  # noqa: NPY002
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("mode", ["auto", *MODES])
+def test_one_draw_serves_every_evaluation_of_a_call_and_is_put_back(name, mode):
+    source, state = SOURCES[name]
+    f, before = draws_from(source), numbers_of(state())
+    for call in (
+        lambda: fh.hvp(f, X, X, mode=mode, randomness="same"),
+        lambda: fh.grad_and_hvp(f, X, X, mode=mode, randomness="same"),
+        lambda: fh.hessian(f, mode=mode, randomness="same")(X),
+        lambda: fh.hessian(f, mode=mode, chunk_size=1, randomness="same")(X),
+        lambda: fh.hessian_diagonal(f, mode=mode, chunk_size=1, randomness="same")(X),
+    ):
+        first, second = call(), call()
+        assert relative_error(first, second) == 0
+        assert numbers_of(state()) == before
+    weights = source()
+    expected = torch.diag(6 * weights * X)
+    H = fh.hessian(f, mode=mode, chunk_size=1, randomness="same")(X)
+    assert not torch.equal(H, expected)  # the state has moved on, and so has the draw
+    assert relative_error(torch.stack([fh.hvp(f, X, e, mode=mode, randomness="same") for e in torch.eye(3).double()]), H) < 1e-8
+
+
+def test_a_generator_that_goes_on_is_refused_and_left_as_it_was():
+    f, before = draws_from(SOURCES["a generator"][0]), OWN.get_state()
+    for call in (
+        lambda: fh.hvp(f, X, X),
+        lambda: fh.grad_and_hvp(f, X, X, mode="reverse-over-reverse"),
+        lambda: fh.hvp(f, X, X, mode="double-backward"),
+    ):
+        with pytest.raises(RandomnessError, match=r"draws from a torch.Generator that goes on .*seed it inside f"):
+            call()
+        assert torch.equal(OWN.get_state(), before)
+    with pytest.raises(RandomnessError):
+        fh.hessian(f)(X)
+    assert torch.equal(OWN.get_state(), before)
+
+
+def test_a_generator_that_f_seeds_each_time_is_not_refused():
+    def f(x: Tensor) -> Tensor:
+        OWN.manual_seed(3)
+        return (torch.rand(3, generator=OWN, dtype=torch.float64) * x**3).sum()
+
+    OWN.manual_seed(3)
+    weights = torch.rand(3, generator=OWN, dtype=torch.float64)
+    assert relative_error(fh.hvp(f, X, X), 6 * weights * X * X) < 1e-14
+
+
+def test_a_draw_around_a_call_is_not_the_functions():
+    """The outer function draws from a generator, the inner product of another function does not."""
+
+    def outer(x: Tensor) -> Tensor:
+        weights = torch.rand(3, generator=OWN, dtype=torch.float64)
+        return (weights * fh.hvp(lambda x: (x**4).sum(), x, x)).sum()
+
+    with pytest.raises(RandomnessError, match="hvp: f draws from"):
+        fh.hvp(outer, X, X)
+    fh.hvp(outer, X, X, randomness="same")
+
+
+def test_a_call_inside_puts_a_generator_back_to_where_the_call_began():
+    draws = []
+
+    def outer(x: Tensor) -> Tensor:
+        draws.append(torch.rand(3, generator=OWN))
+        inside = fh.hvp(lambda x: (x**4).sum(), x, x, randomness="same")
+        draws.append(torch.rand(3, generator=OWN))
+        return inside.sum()
+
+    fh.hvp(outer, X, X, randomness="same", mode="forward-over-reverse")
+    assert not torch.equal(*draws)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 2])
+def test_a_jacobian_by_columns_sees_one_draw(chunk_size):
+    def f(x: Tensor) -> Tensor:
+        return torch.rand(3, dtype=torch.float64) * x**2
+
+    before = torch.get_rng_state()
+    J = fh.jacfwd(f, chunk_size=chunk_size, randomness="same")(X)
+    assert torch.equal(torch.get_rng_state(), before)
+    with torch.random.fork_rng():
+        assert relative_error(J, torch.diag(2 * torch.rand(3, dtype=torch.float64) * X)) < 1e-14
+    with pytest.raises(RandomnessError, match="jacfwd: f draws random numbers"):
+        fh.jacfwd(f, chunk_size=chunk_size)(X)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("mode", ["auto", *MODES[:3]])
+def test_the_hessian_of_one_draw_is_symmetric_and_its_products_are_those_of_hvp(mode):
+    def f(x: Tensor) -> Tensor:
+        return torch.sin(F.dropout(x * x.roll(1), 0.5) * x.roll(2)).sum()
+
+    x = numbers(9)
+    H = fh.hessian(f, mode=mode, symmetric=False, randomness="same")(x)
+    assert torch.equal(H, fh.hessian(f, mode=mode, symmetric=False, randomness="same")(x))
+    assert relative_error(H, H.T) < 1e-12 and float(H.norm()) > 0
+    products = torch.stack([fh.hvp(f, x, e, mode=mode, randomness="same") for e in torch.eye(9, dtype=torch.float64)])
+    assert relative_error(products, H) < 1e-12
+
+
+@pytest.mark.cuda
+def test_the_generator_of_a_device_is_put_back():
+    x, before = numbers(9).cuda(), torch.cuda.get_rng_state()
+
+    def f(x: Tensor) -> Tensor:
+        return torch.sin(F.dropout(x * x.roll(1), 0.5)).sum()
+
+    first, second = (fh.hvp(f, x, x, randomness="same") for _ in range(2))
+    assert torch.equal(first, second) and torch.equal(torch.cuda.get_rng_state(), before)
+    with pytest.raises(RandomnessError):
+        fh.hvp(f, x, x)
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
+# Precision ------------------------------------------------------------------------------------------------------------
+
+SECOND_CALLS = {
+    "hvp": lambda f, x: fh.hvp(f, x, x),
+    "grad_and_hvp": lambda f, x: fh.grad_and_hvp(f, x, x),
+    "hessian": lambda f, x: fh.hessian(f)(x),
+    "value_grad_and_hessian": lambda f, x: fh.value_grad_and_hessian(f)(x),
+    "hessian_diagonal": lambda f, x: fh.hessian_diagonal(f)(x),
+    "hessian_blocks": lambda f, x: fh.hessian_blocks(f)(x),
+    "hessian_rows": lambda f, x: [*fh.hessian_rows(f)(x)],
+}
+second_calls = pytest.mark.parametrize("call", SECOND_CALLS.values(), ids=SECOND_CALLS)
+
+
+def cubes(x: Any) -> Tensor:
+    return (x["w"] ** 3).sum() + (x["b"] ** 2).sum()
+
+
+@second_calls
+@pytest.mark.parametrize(
+    ("dtype", "told"),
+    [
+        (torch.bfloat16, r"x\['w'\] is bfloat16: expect errors of 8e-03 of the result, more where terms cancel. Pass float32"),
+        (torch.float16, r"x\['w'\] is float16: expect errors of 1e-03 .*; results beyond 65504 overflow"),
+    ],
+    ids=str,
+)
+def test_half_precision_is_warned_of_at_the_line_that_calls(call, dtype, told):
+    x = {"w": X.to(dtype), "b": X.float()}
+    with pytest.warns(LowPrecisionWarning, match=told) as caught:
+        call(cubes, x)
+    assert [w.filename for w in caught] == [__file__]
+
+
+def test_half_precision_is_warned_of_once_a_line():
+    x = {"w": X.bfloat16(), "b": X.float()}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            fh.hvp(cubes, x, x)
+        assert len(caught) == 1
+        fh.hvp(cubes, x, x)
+    assert len(caught) == 2
+
+
+@second_calls
+def test_autocast_is_warned_of(call):
+    x = {"w": X.float(), "b": X.float()}
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.warns(LowPrecisionWarning, match=r"autocast to bfloat16 is on.*8e-03.*'cpu'"),
+    ):
+        call(cubes, x)
+
+
+def test_a_first_derivative_in_half_precision_is_everyday_work():
+    x = {"w": X.bfloat16(), "b": X.float()}
+    fh.grad(cubes)(x)
+    fh.jvp(cubes, (x,), (x,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_accuracy_told_of_is_what_a_network_has(dtype):
+    net = network(lambda: nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)), numbers(8, 6), dtype=torch.float64)
+    low = network(lambda: nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)), numbers(8, 6), dtype=dtype)
+    v = numbers(net.vector.numel())
+    rounded = {name: t.to(dtype).double() for name, t in net.x.items()}
+    with pytest.warns(LowPrecisionWarning):
+        product = fh.hvp(low.f, low.x, {name: t.to(dtype) for name, t in net.tree(v).items()})
+    error = relative_error(product, fh.hvp(net.f, rounded, net.tree(v)))
+    assert 0.05 < error / torch.finfo(dtype).eps < 10
+
+
+@second_calls
+def test_a_complex_leaf_is_refused_by_name(call):
+    with pytest.raises(TypeError, match=r"x\['z'\] is complex.*view_as_real"):
+        call(lambda x: x["z"].abs().sum() + (x["w"] ** 2).sum(), {"w": X, "z": torch.complex(X, X)})
+
+
+def test_a_complex_result_is_refused():
+    with pytest.raises(TypeError, match="hvp: f must return a real scalar"):
+        fh.hvp(lambda x: torch.complex(x, x).sum(), X, X)
 
 
 # Threads --------------------------------------------------------------------------------------------------------------
