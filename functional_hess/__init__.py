@@ -6,6 +6,7 @@ from functional_hess.guards import LowPrecisionWarning, MissingDerivativeError, 
 from functional_hess.jacobians import jacfwd, jacrev
 from functional_hess.levels import DependenceError
 from functional_hess.modules import functionalize_module
+from functional_hess.prepared import prepare
 from functional_hess.products import grad_and_hvp, hvp
 from functional_hess.risk import empirical_risk
 from functional_hess.second_order import (
@@ -46,6 +47,7 @@ __all__ = [
     "hessian_blocks",
     "hessian_diagonal",
     "explain",
+    "prepare",
     # checks and errors
     "testing",
     "DependenceError",

@@ -43,6 +43,8 @@ __all__ = [
     "partition",
     "register",
     "scale",
+    "signature",
+    "signature_differences",
     "sub",
     "tensors_of",
     "tree_map",
@@ -500,7 +502,7 @@ def _wrong(leaf: Any, expected: tuple[torch.Size, torch.dtype, torch.device] | N
     return wrong
 
 
-def _structure_difference(expected: optree.PyTreeSpec, got: optree.PyTreeSpec, name: str) -> str:
+def _structure_difference(expected: optree.PyTreeSpec, got: optree.PyTreeSpec, name: str, like: str = "the point") -> str:
     """Containers of another type, and leaves that are missing or too many; all of them."""
     wanted, had = dict(_containers(expected, name)), dict(_containers(got, name))
     told = [f"{p} must be a {t.__name__}, got {had[p].__name__}" for p, t in wanted.items() if p in had and had[p] is not t]
@@ -509,7 +511,7 @@ def _structure_difference(expected: optree.PyTreeSpec, got: optree.PyTreeSpec, n
     told += ([f"missing {', '.join(missing)}"] if missing else []) + ([f"unexpected {', '.join(extra)}"] if extra else [])
     if not told:
         return f"{name} must have the structure {expected}, got {got}: the containers differ"
-    return f"{name} must have the same structure as the point: {'; '.join(told)}"
+    return f"{name} must have the same structure as {like}: {'; '.join(told)}"
 
 
 def _without_dump(error: Exception) -> str:
@@ -551,6 +553,36 @@ def tensors_of(tree: Tree) -> tuple[tuple[Tensor, ...], Callable[[Sequence[Any]]
     for i in where:
         leaves[i] = None  # the tree of an inner level must not outlive it
     return tensors, rebuild
+
+
+def signature(tree: Tree) -> tuple[Any, tuple[Any, ...]]:
+    """What stays when the numbers of a tree change: its structure, and for every leaf shape, dtype and device, or the leaf."""
+    leaves, structure = _flatten(tree)
+    return structure, tuple((t.shape, t.dtype, t.device) if isinstance(t, Tensor) else t for t in leaves)
+
+
+def signature_differences(expected: tuple[Any, tuple[Any, ...]], tree: Tree, name: str) -> list[str]:
+    """A sentence for everything in which ``tree`` departs from a :func:`signature`; none where it does not."""
+    structure, leaves = signature(tree)
+    if structure != expected[0]:
+        return [_structure_difference(expected[0], structure, name, "the example")]
+    pairs = enumerate(zip(expected[1], leaves, strict=True))
+    return [
+        f"{_spelled(structure, i, name)} must {_kind(want)}, got {_kind(got, '')}"
+        for i, (want, got) in pairs
+        if _differ(want, got)
+    ]
+
+
+def _differ(a: Any, b: Any) -> bool:
+    plain = (tuple, bool, int, float, complex, str, bytes, type(None))
+    return a is not b and not (type(a) is type(b) and isinstance(a, plain) and a == b)
+
+
+def _kind(of: Any, verb: str = "be ") -> str:
+    if isinstance(of, tuple) and len(of) == 3 and isinstance(of[1], torch.dtype):
+        return f"{verb}a tensor of shape {tuple(of[0])}, {of[1]}, {of[2]}"
+    return f"{verb}{of!r}"
 
 
 def broadcast_prefix(prefix: Tree, tree: Tree, name: str) -> list[Any]:

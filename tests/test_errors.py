@@ -33,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 import functional_hess as fh
 from functional_hess import __main__, coloring, plots, report, testing
 from functional_hess.differences import LawError
+from functional_hess.prepared import PrepareError
 
 PACKAGE = Path(fh.__file__).parent
 Patch = pytest.MonkeyPatch
@@ -66,6 +67,21 @@ def cube(x: Tensor) -> Tensor:
 
 def drawn(x: Tensor) -> Tensor:
     return (x**2 * torch.rand(2)).sum()
+
+
+def branch(x: Tensor) -> Tensor:
+    return x.sum() if x[0] > 0 else x.prod()
+
+
+def counting(calls: Iterator[int]) -> Callable[[Tensor], Tensor]:
+    def counted(x: Tensor) -> Tensor:
+        return x * next(calls)
+
+    return counted
+
+
+def doubled_in_place(x: Tensor) -> Tensor:
+    return x.mul_(2).sum()
 
 
 @dataclasses.dataclass
@@ -790,6 +806,68 @@ ROWS: dict[str, list[Row]] = {
             TypeError,
             "explain: takes what hessian, hessian_rows, hessian_blocks or hessian_diagonal return, got function.",
             lambda _: fh.explain(cube, W),
+        ),
+    ],
+    "prepared": [
+        Row(
+            "args[0]['w']",
+            ValueError,
+            "prepare(cubes): prepared for other arguments: args[0]['w'] must be a tensor of shape (2,), torch.float32, cpu, got "
+            "a tensor of shape (3,), torch.float32, cpu. Call prepare again for these.",
+            lambda _: fh.prepare(cubes, X)({"w": torch.ones(3), "b": B}),
+        ),
+        Row(
+            "prepare(cube)",
+            PrepareError,
+            "prepare(cube): a prepared function cannot run inside another transform; prepare the whole of it.",
+            lambda _: fh.vmap(fh.prepare(cube, W))(torch.ones(3, 2)),
+        ),
+        Row(
+            "prepare(cube)",
+            PrepareError,
+            "prepare(cube): a prepared function carries no graph, but an argument requires grad. Pass it detached, call under "
+            "torch.no_grad(), or prepare the derivative that is wanted.",
+            lambda _: fh.prepare(cube, W)(torch.ones(2, requires_grad=True)),
+        ),
+        Row(
+            "backend",
+            ValueError,
+            "prepare(cube): backend must be one of 'graph', 'inductor', got 'xla'.",
+            lambda _: fh.prepare(cube, W, backend="xla"),
+        ),
+        Row(
+            "prepare(cube)",
+            PrepareError,
+            "prepare(cube): cannot be prepared inside another transform; prepare the whole of it.",
+            lambda _: fh.vmap(lambda x: fh.prepare(cube, x)(x))(torch.ones(3, 2)),
+        ),
+        Row(
+            "an argument",
+            PrepareError,
+            "prepare(branch): the function looks at the value of an argument (if, float(), .item()), so it takes another course "
+            "for other values and cannot be written down. Use torch.where, or call it unprepared.",
+            lambda _: fh.prepare(branch, W),
+        ),
+        Row(
+            "aten.rand.default",
+            PrepareError,
+            "prepare(drawn): the function draws random numbers (aten.rand.default), which would differ from call to call. Pass "
+            "them as an argument.",
+            lambda _: fh.prepare(drawn, W),
+        ),
+        Row(
+            "an argument",
+            PrepareError,
+            "prepare(doubled_in_place): the function writes in place to an argument, so that each call would meet another one. "
+            "Let it return what it changes (functionalize_module does so for buffers).",
+            lambda _: fh.prepare(doubled_in_place, torch.ones(2)),
+        ),
+        Row(
+            "prepare(counted)",
+            PrepareError,
+            "prepare(counted): the first prepared result differs from the eager one, so the function is not the same twice: it "
+            "changes something that it uses. Call it unprepared.",
+            lambda _: fh.prepare(counting(iter(range(9))), torch.ones(2)),
         ),
     ],
     "modules": [

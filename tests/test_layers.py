@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("levels",),
     ("guards",),
     ("transforms",),
-    ("jacobians", "chunking", "prepare", "modules"),
+    ("jacobians", "chunking", "prepared", "modules"),
     ("products",),
     ("risk", "taylor", "sparsity", "rows"),
     ("lifting", "blocks"),

@@ -1,0 +1,346 @@
+"""A transformed function traced once and called again: its arithmetic without its interpreter.
+
+A Hessian of a small problem costs more in opening levels of differentiation than in arithmetic. :func:`prepare` runs the
+function once on example arguments, writes down the operations that reach the result (``make_fx``), drops what does not, computes
+what depends on no argument once, and gives back a callable that repeats the rest on new values:
+
+    prepare(F, *example)(*args) = F(*args)        for args of the example's structure, shapes, dtypes and devices
+
+What is not an argument is as it was at the example: tensors that F closes over (listed when the result is printed; their numbers
+may change in place, another tensor in their name is not seen), the mode of a module, sizes of chunks, the branch taken on a
+Python value. A branch on the value of an argument cannot be written down and is an error, as are random numbers.
+
+A prepared function is the end of the line: it cannot be differentiated or mapped. Prepare the derivative, not the function.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import types
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from functional_hess.levels import is_outermost, repaired
+from functional_hess.tree import signature, signature_differences, tensors_of
+
+__all__ = ["BACKENDS", "PrepareError", "Prepared", "prepare"]
+
+BACKENDS = ("graph", "inductor")
+KEPT = 64 * 2**20  # bytes of results that depend on no argument, kept from call to call
+AGREEMENT = 1024  # times eps, relative to the largest entry
+
+
+class PrepareError(RuntimeError):
+    """The function cannot be written down once and for all."""
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Prepared:
+    """What :func:`prepare` returns. Call it like the function it was made from; print it to see what it holds.
+
+    ``captured`` describes the tensors that it uses and that are no arguments, ``operations`` counts what a call does.
+    """
+
+    name: str
+    backend: str
+    operations: int
+    captured: tuple[str, ...]
+    arguments: tuple[Any, tuple[Any, ...]]
+    _strides: tuple[tuple[int, ...], ...]
+    _run: Callable[..., Sequence[Tensor]]
+    _rebuild: Callable[[Sequence[Tensor]], Any]
+
+    def __call__(self, *args: Any) -> Any:
+        """The value at ``args``.
+
+        Raises:
+            ValueError: the arguments differ from the example in structure, shape, dtype, device or a value that is no tensor.
+            PrepareError: called inside another transform, or with a tensor that requires grad.
+        """
+        differences = signature_differences(self.arguments, args, "args")
+        if differences:
+            told = "; ".join(differences)
+            raise ValueError(f"{self.name}: prepared for other arguments: {told}. Call prepare again for these.")
+        tensors, _ = tensors_of(args)
+        self._require_end_of_the_line(tensors)
+        with torch.no_grad():
+            return self._rebuild(self._run(*map(_restrided, tensors, self._strides)))
+
+    def _require_end_of_the_line(self, tensors: Sequence[Tensor]) -> None:
+        if not is_outermost():
+            raise PrepareError(f"{self.name}: a prepared function cannot run inside another transform; prepare the whole of it.")
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            raise PrepareError(
+                f"{self.name}: a prepared function carries no graph, but an argument requires grad. Pass it detached, call under "
+                "torch.no_grad(), or prepare the derivative that is wanted."
+            )
+
+    def __repr__(self) -> str:
+        lines = [f"{self.name}, prepared: {self.operations} operations ({self.backend})"]
+        lines += [f"  captured {what}" for what in self.captured]
+        return "\n".join(lines)
+
+
+def prepare(transformed: Callable[..., Any], *example_args: Any, backend: str = "graph") -> Prepared:
+    """Trace ``transformed(*example_args)`` once, for many calls with other numbers.
+
+    Args:
+        transformed: any function of trees of tensors: ``hessian(f)``, ``vmap(hessian(f))``, ``lambda x, v: hvp(f, x, v)``. It is
+            evaluated twice, eagerly and while it is traced.
+        example_args: arguments of the structure, shapes, dtypes and devices of those to come; what is no tensor is fixed.
+        backend: ``"graph"`` repeats the operations one by one; ``"inductor"`` compiles them as well (needs a C++ compiler, takes
+            seconds to minutes, and pays for functions of many small operations).
+
+    Returns:
+        a :class:`Prepared`. A call costs the operations alone: no level of differentiation is opened, no memory predicted. Chunks
+        are those of the example: a matrix that needed chunks there is still computed by chunks. Results carry no graph.
+
+    Raises:
+        PrepareError: f branches on a value or draws random numbers; or the traced result differs from the eager one.
+
+    Example:
+        f(x) = sum x^3 has the Hessian 6 diag(x):
+
+        >>> import torch
+        >>> from functional_hess import hessian
+        >>> H = prepare(hessian(lambda x: (x**3).sum()), torch.zeros(2))
+        >>> H(torch.tensor([1.0, 2.0]))
+        tensor([[ 6.,  0.],
+                [ 0., 12.]])
+    """
+    name = f"prepare({getattr(transformed, '__name__', type(transformed).__name__)})"
+    if backend not in BACKENDS:
+        raise ValueError(f"{name}: backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}.")
+    if not is_outermost():
+        raise PrepareError(f"{name}: cannot be prepared inside another transform; prepare the whole of it.")
+    tensors, fill = tensors_of(example_args)
+    tensors = tuple(t.detach() for t in tensors)
+    with torch.no_grad():
+        expected = transformed(*fill(tensors))
+        traced = _traced(name, transformed, tensors, fill)
+        graph = _simplified(name, traced.graph, tensors)
+        run = _compiled(graph.forward, tensors) if backend == "inductor" else graph.forward
+        _require_agreement(name, tensors_of(expected)[0], run(*tensors))
+    return Prepared(
+        name=name,
+        backend=backend,
+        operations=sum(node.op == "call_function" for node in graph.graph.nodes),
+        captured=tuple(_described(transformed, traced.captured)),
+        arguments=signature(example_args),
+        _strides=tuple(t.stride() for t in tensors),
+        _run=run,
+        _rebuild=traced.rebuild,
+    )
+
+
+def _restrided(t: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """``t`` laid out as the example was, since views of it were written down as such."""
+    return t if t.stride() == stride else torch.empty_strided(t.shape, stride, dtype=t.dtype, device=t.device).copy_(t)
+
+
+# ---------------------------------------------------------------------------------------------------- writing down
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trace:
+    graph: fx.GraphModule
+    captured: tuple[Tensor, ...]
+    rebuild: Callable[[Sequence[Tensor]], Any]
+
+
+def _traced(name: str, transformed: Callable[..., Any], tensors: Sequence[Tensor], fill: Callable[..., Any]) -> _Trace:
+    rebuilds: list[Callable[[Sequence[Tensor]], Any]] = []
+
+    def flat(*inner: Tensor) -> tuple[Tensor, ...]:
+        out, rebuild = tensors_of(transformed(*fill(inner)))
+        rebuilds.append(rebuild)
+        return out
+
+    try:
+        with repaired():  # a mean squared error in forward mode would end the process here
+            graph = make_fx(flat, tracing_mode="real")(*tensors)
+    except Exception as error:
+        if "value out of a tracing tensor" in str(error) or "data-dependent" in str(error).lower():
+            raise PrepareError(
+                f"{name}: the function looks at the value of an argument (if, float(), .item()), so it takes another course for "
+                "other values and cannot be written down. Use torch.where, or call it unprepared."
+            ) from error
+        raise
+    random = [node for node in graph.graph.nodes if _tagged(node, torch.Tag.nondeterministic_seeded)]
+    if random:
+        raise PrepareError(
+            f"{name}: the function draws random numbers ({random[0].target}), which would differ from call to call. Pass them as "
+            "an argument."
+        )
+    graph.graph.eliminate_dead_code()
+    attributes = dict.fromkeys(node.target for node in graph.graph.nodes if node.op == "get_attr")
+    return _Trace(graph, tuple(getattr(graph, attribute) for attribute in attributes), rebuilds[-1])
+
+
+def _tagged(node: fx.Node, tag: torch.Tag) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and tag in node.target.tags
+
+
+def _described(transformed: Callable[..., Any], captured: Sequence[Tensor]) -> Iterator[str]:
+    names = dict(_closed_over(inspect.unwrap(transformed)))
+    for t in captured:
+        name = names.get(t.untyped_storage().data_ptr(), "a tensor")
+        yield f"{name} of shape {tuple(t.shape)}, {t.dtype}, {t.device}"
+
+
+def _closed_over(function: Any, depth: int = 4) -> Iterator[tuple[int, str]]:
+    """Names of the tensors within reach of a function, by where their numbers lie."""
+    if isinstance(function, torch.nn.Module):
+        named: Mapping[str, Any] = dict((*function.named_parameters(), *function.named_buffers()))
+    elif isinstance(function, types.FunctionType) and depth:
+        try:
+            variables = inspect.getclosurevars(function)
+        except ValueError:  # a cell that was never filled
+            return
+        named = {**variables.globals, **variables.nonlocals}
+    elif isinstance(function, functools.partial) and depth:
+        named = {"": function.func}
+    else:
+        return
+    for name, value in named.items():
+        if isinstance(value, Tensor):
+            yield value.untyped_storage().data_ptr(), name
+        elif isinstance(value, (dict, list, tuple)):
+            yield from ((t.untyped_storage().data_ptr(), name) for t in tensors_of(value)[0])
+        elif callable(value) and value is not function:
+            yield from ((where, f"{name}.{inner}".lstrip(".")) for where, inner in _closed_over(value, depth - 1))
+
+
+# ---------------------------------------------------------------------------------------------------- less to do
+
+
+class _Storages(fx.Interpreter):
+    """Runs a graph once and notes the value of every node, to tell which of them share storage."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph, garbage_collect_values=False)
+
+    def storage_of(self, node: Any) -> int | None:
+        value = self.env.get(node)
+        return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
+
+
+def _simplified(name: str, graph: fx.GraphModule, tensors: Sequence[Tensor]) -> fx.GraphModule:
+    """Equal operations become one, and what depends on no argument is computed here; nothing that is written to is touched."""
+    run = _Storages(graph)
+    with torch.no_grad():
+        run.run(*(t.clone() for t in tensors), enable_io_processing=False)
+    touched = {run.storage_of(node) for write in graph.graph.nodes for node in _written(write)}
+    outside = [node for node in graph.graph.nodes if node.op in ("placeholder", "get_attr") and run.storage_of(node) in touched]
+    if outside:
+        raise PrepareError(
+            f"{name}: the function writes in place to {_role(outside[0])}, so that each call would meet another one. Let it "
+            "return what it changes (functionalize_module does so for buffers)."
+        )
+    free = [node for node in graph.graph.nodes if _is_pure(node) and run.storage_of(node) not in {*touched, None}]
+    _drop_detach(free)
+    _join_equal(free)
+    _keep_constants(graph, free, run)
+    graph.graph.eliminate_dead_code()
+    graph.graph.lint()
+    graph.recompile()
+    return graph
+
+
+def _role(node: fx.Node) -> str:
+    return "an argument" if node.op == "placeholder" else "a tensor that it closes over"
+
+
+def _written(node: fx.Node) -> Iterator[fx.Node]:
+    """The nodes whose numbers an operation changes in place."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return
+    for i, argument in enumerate(node.target._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = node.kwargs.get(argument.name, node.args[i] if i < len(node.args) else None)
+            yield from (v for v in (value if isinstance(value, (list, tuple)) else (value,)) if isinstance(v, fx.Node))
+
+
+def _is_pure(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.is_mutable
+
+
+def _drop_detach(nodes: Sequence[fx.Node]) -> None:
+    for node in nodes:
+        if node.target is torch.ops.aten.detach.default:
+            node.replace_all_uses_with(node.all_input_nodes[0])
+
+
+def _join_equal(nodes: Sequence[fx.Node]) -> None:
+    known: dict[Any, fx.Node] = {}
+    for node in nodes:
+        key = (node.target, _hashable(node.args), _hashable(node.kwargs))
+        first = known.setdefault(key, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_hashable, value))
+    if isinstance(value, dict):
+        return tuple((key, _hashable(value[key])) for key in sorted(value))
+    return (type(value), value)  # 1, 1.0 and True are three things
+
+
+def _keep_constants(graph: fx.GraphModule, free: Sequence[fx.Node], run: _Storages) -> None:
+    """Results that depend on no argument and no captured tensor become attributes, up to ``KEPT`` bytes."""
+    constant: set[fx.Node] = set()
+    for node in free:
+        if all(parent in constant for parent in node.all_input_nodes) and node.target not in _EMPTY:
+            constant.add(node)
+    shown = {run.storage_of(node) for node in _results(graph.graph)}
+    room = KEPT
+    for number, node in enumerate(node for node in constant if any(user not in constant for user in node.users)):
+        value = run.env[node]
+        if run.storage_of(node) in shown or value.numel() * value.element_size() > room:
+            continue
+        room -= value.numel() * value.element_size()
+        graph.register_buffer(f"_kept{number}", value.contiguous(), persistent=False)
+        with graph.graph.inserting_before(node):
+            node.replace_all_uses_with(graph.graph.get_attr(f"_kept{number}"))
+
+
+_EMPTY = frozenset({torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default, torch.ops.aten.empty_like.default})
+
+
+def _results(graph: fx.Graph) -> Sequence[fx.Node]:
+    return next(iter(graph.find_nodes(op="output"))).all_input_nodes
+
+
+# ---------------------------------------------------------------------------------------------------- running
+
+
+def _compiled(forward: Callable[..., Any], tensors: Sequence[Tensor]) -> Callable[..., Any]:
+    run = torch.compile(forward, backend="inductor", fullgraph=True, dynamic=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's own: they concern no user
+        run(*tensors)
+    return run
+
+
+def _require_agreement(name: str, expected: Sequence[Tensor], got: Sequence[Tensor]) -> None:
+    """The first result, eager against prepared: the same operations, so equal but for the order of sums."""
+    for a, b in zip(expected, got, strict=True):
+        if not a.is_floating_point():
+            agree = torch.equal(a, b)
+        else:
+            scale = a.abs().nan_to_num(0, 0, 0).max().item() if a.numel() else 0.0
+            agree = torch.allclose(a, b, rtol=0, atol=scale * AGREEMENT * torch.finfo(a.dtype).eps, equal_nan=True)
+        if not agree or a.shape != b.shape or a.dtype != b.dtype:
+            raise PrepareError(
+                f"{name}: the first prepared result differs from the eager one, so the function is not the same twice: it "
+                "changes something that it uses. Call it unprepared."
+            )
