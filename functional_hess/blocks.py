@@ -12,8 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from functional_hess.nesting import is_outermost
 from functional_hess.rows import Chunk, Problem
-from functional_hess.transforms import is_outermost, plain
+from functional_hess.transforms import plain
 from functional_hess.tree import Piece, flat
 
 __all__ = ["Blocks", "may_write", "require_out"]

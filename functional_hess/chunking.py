@@ -34,7 +34,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from functional_hess.levels import at_depth, depth
+from functional_hess.nesting import at_depth, depth
 from functional_hess.tree import tensors_of
 
 try:

@@ -35,9 +35,9 @@ from functional_hess.levels import (
     flat_value_and_grad,
     flat_vmap,
     generators_in_use,
-    is_outermost,
     repaired,
 )
+from functional_hess.nesting import is_outermost
 from functional_hess.tree import Space
 
 __all__ = [

@@ -15,17 +15,8 @@ import torch
 from torch import Tensor
 
 from functional_hess.guards import Replay, named_errors
-from functional_hess.levels import (
-    derived_from,
-    flat_jvp,
-    flat_vjp,
-    flat_vmap,
-    moves,
-    plain,
-    replaced,
-    require_dependence,
-    require_movement,
-)
+from functional_hess.levels import flat_jvp, flat_vjp, flat_vmap, plain, replaced, require_dependence, require_movement
+from functional_hess.nesting import derived_from, moves
 from functional_hess.transforms import Output, bind
 from functional_hess.tree import Space, flat
 

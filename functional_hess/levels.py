@@ -10,10 +10,9 @@ What this floor adds to torch.func:
   derivatives were taken inside it (the second derivative of a linear function is zero, and right).
 * **Threads.** Forward mode is process-wide in torch: one re-entrant lock is held around forward-mode regions.
 * **Plain autograd.** Double backward without torch.func, for functions that no level of it can enter.
-* **No compilation.** ``torch.compile`` breaks its graph at a derivative, which runs as it would without.
 * **Plain results.** At the outermost level derivatives are contiguous tensors that share no storage by expansion.
 
-This is the only module that touches torch.func or torch.autograd. It knows nothing of trees: the floor above has them.
+This is the only module that differentiates by torch.func or torch.autograd. It knows nothing of trees: the floor above has them.
 """
 
 from __future__ import annotations
@@ -25,25 +24,21 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
+from functional_hess.nesting import derivative_levels, innermost, is_outermost, is_tracked, moves, requires_grad_outside
 from functional_hess.repairs import FIRST_ORDER_REPAIRS, REPAIRS
 from functional_hess.tree import Space, tensors_of
 
 __all__ = [
     "DependenceError",
-    "at_depth",
-    "constant_where_unused",
-    "depth",
     "Generators",
-    "derived_from",
-    "eagerly",
+    "constant_where_unused",
     "flat_double_backward",
     "flat_jvp",
     "flat_plain_value_and_grad",
@@ -52,25 +47,17 @@ __all__ = [
     "flat_vjp",
     "flat_vmap",
     "generators_in_use",
-    "is_mapped_here",
-    "is_outermost",
-    "is_watched",
-    "moves",
-    "outside_transforms",
     "plain",
     "repaired",
     "replaced",
     "require_dependence",
     "require_every_leaf",
     "require_movement",
-    "unwatched",
 ]
 
 Tensors = tuple[Tensor, ...]
-Call = TypeVar("Call", bound=Callable[..., Any])
 Generators = weakref.WeakKeyDictionary[torch.Generator, Tensor]
 FORWARD_MODE_TIMEOUT = 300.0  # seconds
-_DIFFERENTIATES = (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
 
 
 class DependenceError(ValueError):
@@ -78,58 +65,6 @@ class DependenceError(ValueError):
 
 
 # ---------------------------------------------------------------------------------------------------- nesting and repairs
-
-
-def is_outermost() -> bool:
-    """Whether no transform, ours or torch.func's, is active."""
-    return depth() == 0
-
-
-def depth() -> int:
-    """How many transforms, ours or torch.func's, are active."""
-    return _functorch.get_dynamic_layer_stack_depth()
-
-
-def at_depth(t: Tensor, depth: int) -> Tensor:
-    """``t`` without what transforms deeper than ``depth`` have wrapped around it."""
-    while _functorch.is_functorch_wrapped_tensor(t) and _functorch.maybe_get_level(t) > depth:
-        t = _functorch.get_unwrapped(t)
-    return t
-
-
-def eagerly(call: Call) -> Call:
-    """``call``, at which ``torch.compile`` breaks its graph: the levels inside cannot be traced, and f in them would not be."""
-
-    @functools.wraps(call)
-    def eager(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return torch.compiler.disable(call)(*args, **kwargs)  # under fullgraph=True this line is the error's
-        return call(*args, **kwargs)
-
-    return cast(Call, eager)
-
-
-def derived_from(f: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A decorator for the function that a transform of f returns: it bears f's name and runs eagerly."""
-    return lambda transformed: functools.wraps(f, updated=())(eagerly(transformed))
-
-
-def _depth() -> int:
-    """How many levels of differentiation are active."""
-    return sum(level.key() in _DIFFERENTIATES for level in _functorch.get_interpreter_stack() or ())
-
-
-def _requires_grad_outside(args: Iterable[Any]) -> bool:
-    """Whether a tensor among ``args``, seen from outside all transforms, is watched by plain autograd."""
-    for arg in args:
-        if isinstance(arg, (list, tuple)) and _requires_grad_outside(arg):
-            return True
-        if isinstance(arg, Tensor):
-            while _functorch.is_functorch_wrapped_tensor(arg):
-                arg = _functorch.get_unwrapped(arg)
-            if arg.requires_grad:
-                return True
-    return False
 
 
 class _Repairs(TorchFunctionMode):
@@ -153,10 +88,10 @@ class _Repairs(TorchFunctionMode):
 
     def _needed(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
         """Levels nest; or one level is forward mode, which lacks first derivatives of such ops too."""
-        levels = [level.key() for level in _functorch.get_interpreter_stack() or () if level.key() in _DIFFERENTIATES]
-        if self.always or len(levels) >= 2 or _functorch.TransformType.Jvp in levels:
+        levels = derivative_levels()
+        if self.always or len(levels) >= 2 or "forward" in levels:
             return True
-        return bool(levels) and (func in FIRST_ORDER_REPAIRS or _requires_grad_outside((*args, *kwargs.values())))
+        return bool(levels) and (func in FIRST_ORDER_REPAIRS or requires_grad_outside((*args, *kwargs.values())))
 
 
 @contextlib.contextmanager
@@ -243,10 +178,10 @@ class _DepthWatch(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.start, self.deeper = _depth(), False
+        self.start, self.deeper = len(derivative_levels()), False
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        self.deeper = self.deeper or _depth() > self.start
+        self.deeper = self.deeper or len(derivative_levels()) > self.start
         return func(*args, **(kwargs or {}))
 
 
@@ -256,14 +191,9 @@ def _differentiates_inside(call: Callable[..., Any], tensors: Sequence[Tensor]) 
     return watch.deeper
 
 
-def _tracked(t: Tensor) -> bool:
-    """Whether ``t`` depends on the variables of the current reverse level."""
-    return _functorch.maybe_get_level(t) == _functorch.current_level() and t.requires_grad
-
-
 def require_dependence(verb: str, outputs: Sequence[Tensor], call: Callable[..., Any], tensors: Sequence[Tensor]) -> None:
     """Some output depends on the variables of the current reverse level, or derivatives are taken inside ``call``."""
-    require_movement(verb, list(map(_tracked, outputs)), call, tensors)
+    require_movement(verb, list(map(is_tracked, outputs)), call, tensors)
 
 
 def require_movement(verb: str, moved: Iterable[bool], call: Callable[..., Any], tensors: Sequence[Tensor]) -> None:
@@ -272,23 +202,13 @@ def require_movement(verb: str, moved: Iterable[bool], call: Callable[..., Any],
         raise DependenceError(_independence(verb))
 
 
-def moves(outputs: Tensors) -> list[bool]:
-    """Which outputs have a tangent at the current forward level."""
-    return [forward_ad.unpack_dual(t).tangent is not None for t in outputs]
-
-
-def is_mapped_here(t: Tensor) -> bool:
-    """Whether ``t`` depends on the dimension that the innermost ``vmap`` maps."""
-    return bool(_functorch.is_batchedtensor(t)) and _functorch.maybe_get_level(t) == _functorch.current_level()
-
-
 def _depends_on_any(f: Callable[..., tuple[Tensor, Any]], x: Tensors) -> bool:
     """Whether the value depends on some leaf; asked where it does not depend on those of the moment, so that zero is right."""
     answer: list[bool] = []
 
     def of_all(*tensors: Tensor) -> Tensor:
         value = f(*tensors)[0]
-        answer.append(_tracked(value))
+        answer.append(is_tracked(value))
         return value
 
     torch.func.vjp(of_all, *x)
@@ -368,7 +288,7 @@ def flat_value_and_grad(
 
     def of_variables(*variables: Tensor) -> tuple[Tensor, Tensors]:
         value, aux = f(*replaced(x, wrt, variables))
-        if not _tracked(value) and not (len(variables) < len(x) and _depends_on_any(f, x)):
+        if not is_tracked(value) and not (len(variables) < len(x) and _depends_on_any(f, x)):
             require_dependence(verb, [value], lambda *v: f(*replaced(x, wrt, v)), variables)
         if strict is not None:
             require_every_leaf(verb, [value], variables, strict)
@@ -595,7 +515,7 @@ def flat_remat(f: Callable[..., Tensors], parts: Callable[[], Iterable[Any]] = l
 
                 def of_wanted(*y: Tensor) -> Tensors:
                     outputs = f(part, *replaced(x, wanted, y))
-                    if _depth() > 1:
+                    if len(derivative_levels()) > 1:
                         _require_twice_differentiable(outputs)
                     return outputs
 
@@ -621,43 +541,12 @@ def _sum(terms: Iterable[Tensors]) -> Tensors:
     return functools.reduce(lambda a, b: tuple(s + t for s, t in zip(a, b, strict=True)), terms)
 
 
-def is_watched(t: Tensor) -> bool:
-    """Whether a derivative, ours, torch.func's or plain autograd's, or a ``vmap`` follows ``t``."""
-    with contextlib.ExitStack() as lowered:
-        for level in reversed(_functorch.get_interpreter_stack() or ()):
-            if _functorch.is_functorch_wrapped_tensor(t) and _functorch.maybe_get_level(t) == level.level():
-                mapped = level.key() == _functorch.TransformType.Vmap
-                if mapped or t.requires_grad or (level.key() == _functorch.TransformType.Jvp and moves((t,))[0]):
-                    return True
-                t = _functorch.get_unwrapped(t)
-            lowered.callback(_functorch.push_dynamic_layer_stack, _functorch.pop_dynamic_layer_stack())
-    return t.requires_grad and torch.is_grad_enabled()
-
-
 def constant_where_unused(outputs: Sequence[Tensor], x: Tensors) -> Tensors:
     """``x``, with those tensors on which no output depends at the current level made constants of that level."""
-    level = (_functorch.get_interpreter_stack() or [None])[-1]
-    if level is not None and level.key() == _functorch.TransformType.Jvp:
+    level = innermost()
+    if level == "forward":
         return x if any(moves(tuple(outputs))) else tuple(forward_ad.unpack_dual(t).primal for t in x)
-    variable = [t.requires_grad and (level is None or _tracked(t)) for t in x]
+    variable = [t.requires_grad and (not level or is_tracked(t)) for t in x]
     reached = _graph(outputs) if any(variable) else set()
     edge = torch.autograd.graph.get_gradient_edge
     return tuple(t.detach() if v and edge(t).node not in reached else t for v, t in zip(variable, x, strict=True))
-
-
-def unwatched(t: Tensor) -> Tensor:
-    """The value of ``t``, or its first value where a ``vmap`` has many, for nobody to follow."""
-    mapped = []
-    while _functorch.is_functorch_wrapped_tensor(t):
-        if _functorch.is_batchedtensor(t):
-            mapped.append(_functorch.maybe_get_bdim(t))
-        t = _functorch.get_unwrapped(t)
-    with outside_transforms():
-        for dim in reversed(mapped):
-            t = t.select(dim, 0)
-        return t.detach()
-
-
-def outside_transforms() -> contextlib.AbstractContextManager[Any]:
-    """No transform sees what is done inside: for data that are read or drawn while transforms are active."""
-    return torch._C._DisableFuncTorch()

@@ -37,16 +37,8 @@ from functional_hess.guards import (
     value_and_gradient,
     warn_of_low_precision,
 )
-from functional_hess.levels import (
-    eagerly,
-    flat_double_backward,
-    flat_jvp,
-    flat_value_and_grad,
-    flat_vjp,
-    flat_vmap,
-    is_outermost,
-    plain,
-)
+from functional_hess.levels import flat_double_backward, flat_jvp, flat_value_and_grad, flat_vjp, flat_vmap, plain
+from functional_hess.nesting import eagerly, is_outermost
 from functional_hess.transforms import Bound, bind
 from functional_hess.tree import Space, tensors_of
 

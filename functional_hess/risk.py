@@ -28,17 +28,8 @@ from torch.overrides import TorchFunctionMode
 
 from functional_hess.chunking import MIB, recomputed, survey
 from functional_hess.guards import RandomnessError
-from functional_hess.levels import (
-    at_depth,
-    constant_where_unused,
-    depth,
-    flat_remat,
-    flat_vmap,
-    is_outermost,
-    is_watched,
-    outside_transforms,
-    unwatched,
-)
+from functional_hess.levels import constant_where_unused, flat_remat, flat_vmap
+from functional_hess.nesting import at_depth, depth, is_outermost, is_watched, outside_transforms, unwatched
 from functional_hess.tree import broadcast_prefix, paths, tensors_of, written
 
 __all__ = ["EmpiricalRisk", "Part", "empirical_risk", "samples_of"]

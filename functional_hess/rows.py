@@ -22,6 +22,7 @@ from torch import Tensor
 
 from functional_hess.chunking import Estimate, Survey, chunk_for, closed_bound, measured, progress_bar, survey
 from functional_hess.guards import MissingDerivativeError, Replay, value_and_gradient, warn_of_low_precision
+from functional_hess.nesting import is_outermost
 from functional_hess.products import (
     FINITE_DIFFERENCE,
     FORWARD_OVER_REVERSE,
@@ -31,7 +32,7 @@ from functional_hess.products import (
     product_at,
     rows_of,
 )
-from functional_hess.transforms import Bound, bind, is_outermost, repaired
+from functional_hess.transforms import Bound, bind, repaired
 from functional_hess.tree import Piece, Space, tensors_of
 
 __all__ = [

@@ -27,7 +27,7 @@ from torch import Tensor
 from functional_hess.blocks import Blocks, require_out
 from functional_hess.chunking import megabytes, progress_bar
 from functional_hess.guards import value_and_gradient
-from functional_hess.levels import derived_from
+from functional_hess.nesting import derived_from
 from functional_hess.products import (
     FORWARD_OVER_REVERSE,
     REVERSE_OVER_REVERSE,

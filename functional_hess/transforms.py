@@ -19,23 +19,19 @@ from torch import Tensor
 from functional_hess.guards import named_errors, value_and_gradient
 from functional_hess.levels import (
     DependenceError,
-    derived_from,
-    eagerly,
     flat_double_backward,
     flat_jvp,
     flat_plain_value_and_grad,
     flat_value_and_grad,
     flat_vjp,
     flat_vmap,
-    is_mapped_here,
-    is_outermost,
-    moves,
     plain,
     repaired,
     require_dependence,
     require_every_leaf,
     require_movement,
 )
+from functional_hess.nesting import derived_from, eagerly, is_mapped_here, is_outermost, moves
 from functional_hess.tree import Space, broadcast_prefix, tensors_of, written
 
 __all__ = [

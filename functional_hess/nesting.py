@@ -1,0 +1,149 @@
+"""Where among the transforms a computation stands, and what a tensor is from there.
+
+torch.func keeps a stack of levels, ours and its own alike: each is a ``vmap``, a reverse derivative or a forward one, and wraps
+the tensors that it follows. This floor reads that stack and those wrappers for the floors above; it differentiates nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch.autograd import forward_ad
+
+__all__ = [
+    "at_depth",
+    "depth",
+    "derivative_levels",
+    "derived_from",
+    "eagerly",
+    "innermost",
+    "is_mapped_here",
+    "is_outermost",
+    "is_tracked",
+    "is_watched",
+    "moves",
+    "outside_transforms",
+    "requires_grad_outside",
+    "unwatched",
+]
+
+Call = TypeVar("Call", bound=Callable[..., Any])
+_Kind = _functorch.TransformType
+_KINDS = {_Kind.Grad: "reverse", _Kind.Jvp: "forward", _Kind.Vmap: "vmap"}
+
+
+# ---------------------------------------------------------------------------------------------------- the stack
+
+
+def is_outermost() -> bool:
+    """Whether no transform, ours or torch.func's, is active."""
+    return depth() == 0
+
+
+def depth() -> int:
+    """How many transforms, ours or torch.func's, are active."""
+    return _functorch.get_dynamic_layer_stack_depth()
+
+
+def at_depth(t: Tensor, depth: int) -> Tensor:
+    """``t`` without what transforms deeper than ``depth`` have wrapped around it."""
+    while _functorch.is_functorch_wrapped_tensor(t) and _functorch.maybe_get_level(t) > depth:
+        t = _functorch.get_unwrapped(t)
+    return t
+
+
+def derivative_levels() -> list[str]:
+    """The active levels of differentiation from the outermost in: ``"forward"`` or ``"reverse"``."""
+    kinds = (_KINDS.get(level.key(), "") for level in _functorch.get_interpreter_stack() or ())
+    return [kind for kind in kinds if kind in ("forward", "reverse")]
+
+
+def innermost() -> str:
+    """The innermost level: ``"forward"``, ``"reverse"``, ``"vmap"``, or nothing where no transform is active."""
+    stack = _functorch.get_interpreter_stack()
+    return _KINDS.get(stack[-1].key(), "other") if stack else ""
+
+
+def eagerly(call: Call) -> Call:
+    """``call``, at which ``torch.compile`` breaks its graph: the levels inside cannot be traced, and f in them would not be."""
+
+    @functools.wraps(call)
+    def eager(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(call)(*args, **kwargs)  # under fullgraph=True this line is the error's
+        return call(*args, **kwargs)
+
+    return cast(Call, eager)
+
+
+def derived_from(f: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator for the function that a transform of f returns: it bears f's name and runs eagerly."""
+    return lambda transformed: functools.wraps(f, updated=())(eagerly(transformed))
+
+
+# ---------------------------------------------------------------------------------------------------- a tensor
+
+
+def requires_grad_outside(args: Iterable[Any]) -> bool:
+    """Whether a tensor among ``args``, seen from outside all transforms, is watched by plain autograd."""
+    for arg in args:
+        if isinstance(arg, (list, tuple)) and requires_grad_outside(arg):
+            return True
+        if isinstance(arg, Tensor):
+            while _functorch.is_functorch_wrapped_tensor(arg):
+                arg = _functorch.get_unwrapped(arg)
+            if arg.requires_grad:
+                return True
+    return False
+
+
+def is_tracked(t: Tensor) -> bool:
+    """Whether ``t`` depends on the variables of the current reverse level."""
+    return _functorch.maybe_get_level(t) == _functorch.current_level() and t.requires_grad
+
+
+def moves(outputs: Sequence[Tensor]) -> list[bool]:
+    """Which outputs have a tangent at the current forward level."""
+    return [forward_ad.unpack_dual(t).tangent is not None for t in outputs]
+
+
+def is_mapped_here(t: Tensor) -> bool:
+    """Whether ``t`` depends on the dimension that the innermost ``vmap`` maps."""
+    return bool(_functorch.is_batchedtensor(t)) and _functorch.maybe_get_level(t) == _functorch.current_level()
+
+
+def is_watched(t: Tensor) -> bool:
+    """Whether a derivative, ours, torch.func's or plain autograd's, or a ``vmap`` follows ``t``."""
+    with contextlib.ExitStack() as lowered:
+        for level in reversed(_functorch.get_interpreter_stack() or ()):
+            if _functorch.is_functorch_wrapped_tensor(t) and _functorch.maybe_get_level(t) == level.level():
+                mapped = level.key() == _Kind.Vmap
+                if mapped or t.requires_grad or (level.key() == _Kind.Jvp and moves((t,))[0]):
+                    return True
+                t = _functorch.get_unwrapped(t)
+            lowered.callback(_functorch.push_dynamic_layer_stack, _functorch.pop_dynamic_layer_stack())
+    return t.requires_grad and torch.is_grad_enabled()
+
+
+def unwatched(t: Tensor) -> Tensor:
+    """The value of ``t``, or its first value where a ``vmap`` has many, for nobody to follow."""
+    mapped = []
+    while _functorch.is_functorch_wrapped_tensor(t):
+        if _functorch.is_batchedtensor(t):
+            mapped.append(_functorch.maybe_get_bdim(t))
+        t = _functorch.get_unwrapped(t)
+    with outside_transforms():
+        for dim in reversed(mapped):
+            t = t.select(dim, 0)
+        return t.detach()
+
+
+def outside_transforms() -> contextlib.AbstractContextManager[Any]:
+    """No transform sees what is done inside: for data that are read or drawn while transforms are active."""
+    return torch._C._DisableFuncTorch()
