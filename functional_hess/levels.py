@@ -316,9 +316,24 @@ def flat_jvp(f: Callable[..., tuple[Tensors, Tensors]], x: Tensors, v: Tensors) 
     """``(outputs, tangents, aux)`` of ``f(*x) -> (outputs, aux)`` along ``v``."""
     with repaired(), _FORWARD_MODE:
         _load_forward_rules()
+        x = tuple(map(_without_overlap, x))
         outputs, tangents, aux = cast(tuple[Tensors, Tensors, Tensors], torch.func.jvp(f, x, v, has_aux=True))
     # a mixed-dtype formula may promote a tangent beyond its primal
     return outputs, tuple(t.to(y.dtype) for y, t in zip(outputs, tangents, strict=True)), aux
+
+
+def _without_overlap(t: Tensor) -> Tensor:
+    """The same numbers, each in a place of its own.
+
+    torch lays a tangent out like its primal. Where entries of the primal share memory, as those of ``expand`` and ``unfold`` do,
+    so would those of the tangent: it refuses the one and writes them over each other in the other.
+    """
+    reach = 0  # the farthest that steps along the dimensions so far lead
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return t.contiguous()
+        reach += (size - 1) * stride
+    return t
 
 
 @functools.cache

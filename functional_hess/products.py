@@ -42,7 +42,7 @@ from functional_hess.nesting import eagerly, is_outermost
 from functional_hess.transforms import Bound, bind
 from functional_hess.tree import Space, tensors_of
 
-__all__ = ["MODES", "Product", "first_mode_that_works", "grad_and_hvp", "hvp", "product_at", "rows_of"]
+__all__ = ["MODES", "Product", "first_mode_that_works", "grad_and_hvp", "hvp", "no_such_mode", "product_at", "rows_of"]
 
 Tensors = tuple[Tensor, ...]
 Scalar = Callable[..., tuple[Tensor, Any]]
@@ -76,7 +76,13 @@ def product_at(f: Scalar, x: Tensors, mode: str, rows: Sequence[int], columns: S
         return lambda v: linear(_filled(x, rows, v))
     if mode == FINITE_DIFFERENCE:
         return _finite_difference(f, x, columns, verb)
-    raise ValueError(f"{verb}: mode must be 'auto', 'fastest' (for rows) or one of {', '.join(map(repr, MODES))}, got {mode!r}.")
+    raise no_such_mode(verb, mode)
+
+
+def no_such_mode(verb: str, mode: Any) -> ValueError:
+    """The error about a mode that does not exist."""
+    names = ", ".join(map(repr, MODES))
+    return ValueError(f"{verb}: mode must be 'auto', 'fastest' (for rows) or one of {names}, got {mode!r}.")
 
 
 def _require_outermost(mode: str, verb: str) -> None:

@@ -27,8 +27,10 @@ from functional_hess.products import (
     FINITE_DIFFERENCE,
     FORWARD_OVER_REVERSE,
     MANY_PRODUCTS,
+    MODES,
     REVERSE_OVER_REVERSE,
     first_mode_that_works,
+    no_such_mode,
     product_at,
     rows_of,
 )
@@ -156,6 +158,8 @@ def look(
     verb: str, f: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], argnums: Any, options: Options
 ) -> Problem:
     """Evaluate f once, watched: its value, which leaf it uses first, how much its graph will weigh."""
+    if options.mode not in ("auto", "fastest", *MODES):
+        raise no_such_mode(verb, options.mode)
     bound = bind(verb, f, args, kwargs, argnums)
     warn_of_low_precision(verb, bound.space)
     scalar = bound.scalar(options.has_aux)

@@ -421,12 +421,14 @@ def _dense_of_each_output(plan: Plan) -> Tree:
     chain: tuple[str, ...] = (REVERSE_OVER_REVERSE, FORWARD_OVER_REVERSE)
     mode = "auto" if options.mode == "fastest" else options.mode
     with problem.replay() as replay, progress_bar(problem.verb, space.dim, options.progress) as advance:
-        for pieces in chunks_of(space.pieces(range(space.dim)), plan.chunk):
+        for pieces in chunks_of(space.pieces(range(space.dim if units else 0)), plan.chunk):
             v = space.one_hot(pieces)
             used, values = first_mode_that_works(problem.verb, problem.f, problem.bound.x, mode, chain, attempt)
             chain = (used,)  # rows and columns cannot be mixed
             parts.append([flat(t, 2) for t in values])  # (m, k, size of leaf) each
             advance(sum(map(len, pieces)))
+    if not parts:  # x or f(x) has no coordinates
+        parts.append([torch.zeros(outputs.dim, space.dim, t.numel(), dtype=t.dtype, device=t.device) for t in problem.bound.x])
     whole = [torch.cat(column, 1) for column in zip(*parts, strict=True)]  # (m, n, size of leaf) each
     by_columns = chain[0] in BY_COLUMNS
     return outputs.unpack([_vector_blocks(space, outputs, o, whole, by_columns) for o in outputs.leaves])

@@ -189,7 +189,7 @@ def _what(node: Any) -> str:
 
 def _bits(tensor: Tensor) -> Tensor:
     """Bytes, so that NaN equals itself and -0.0 differs from 0.0."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
 
 
 def _leaves(tree: Any) -> Iterator[Any]:

@@ -731,6 +731,13 @@ ROWS: dict[str, list[Row]] = {
     ],
     "Hessians": [
         Row(
+            "mode",
+            ValueError,
+            "hessian: mode must be 'auto', 'fastest' (for rows) or one of 'forward-over-reverse', "
+            "'reverse-over-reverse', 'double-backward', 'finite-difference', got 'forward'.",
+            lambda _: fh.hessian(cube, mode="forward")(W),
+        ),
+        Row(
             "out=",
             ValueError,
             "hessian: out= holds one (n, n) matrix, so f must return a scalar.",

@@ -892,3 +892,15 @@ def test_a_callable_without_a_name_is_a_function_too():
 def test_a_function_that_is_none_is_refused():
     with pytest.raises(TypeError, match="callable"):
         hessian(3)(numbers(2))  # type: ignore[arg-type]
+
+
+def test_a_function_or_a_point_without_coordinates_has_empty_blocks():
+    assert hessian(lambda x: x[:0] ** 2)(torch.ones(3)).shape == (0, 3, 3)
+    assert hessian(lambda x: torch.stack([x.sum(), x.sum()]))(torch.ones(0)).shape == (2, 0, 0)
+    H = hessian(lambda x: {"a": x["b"].sum(0), "b": x["a"]})({"a": torch.ones(2, 0), "b": torch.ones(0, 3)})
+    assert H["a"]["a"]["b"].shape == (3, 2, 0, 0, 3) and H["b"]["b"]["b"].shape == (2, 0, 0, 3, 0, 3)
+
+
+def test_a_mode_that_does_not_exist_is_refused_even_where_there_is_nothing_to_compute():
+    with pytest.raises(ValueError, match=r"hessian: mode must be 'auto'.* got 'sideways'"):
+        hessian(lambda x: x.sum(), mode="sideways")(torch.ones(0))

@@ -995,6 +995,22 @@ def test_eight_threads_have_480_right_products(kind: str) -> None:
         assert sum(pool.map(work, range(8))) == 480
 
 
+@pytest.mark.parametrize(
+    "view",
+    [lambda x: x[:, :1].expand(3, 3), lambda x: x.reshape(-1)[:5].unfold(0, 3, 1), lambda x: x.T, lambda x: x[:, ::2]],
+    ids=range(4),
+)
+def test_points_whose_entries_share_memory_have_tangents_of_their_own(view: Callable[[Tensor], Tensor]) -> None:
+    """torch lays a tangent out like its primal, so that it overlaps where the primal does."""
+    x = view(torch.linspace(-1, 1, 9, dtype=torch.float64).reshape(3, 3))
+    v = torch.cos(torch.arange(x.numel(), dtype=torch.float64)).reshape(x.shape)
+    assert close(jvp(lambda x: (x**3).sum(), (x,), (v,))[1], (3 * x**2 * v).sum())
+    assert close(jvp(grad(lambda x: (x**3).sum()), (x,), (v,))[1], 6 * x * v)
+    assert close(hvp(lambda x: (x**3).sum(), x, v), 6 * x * v)
+    assert close(jacfwd(lambda x: x**3)(x).flatten(2).flatten(0, 1), (3 * x**2).flatten().diag())
+    assert close(vmap(lambda v: jvp(torch.sin, (x,), (v,))[1])(torch.stack([v, -v])), x.cos() * torch.stack([v, -v]))
+
+
 def test_a_worker_inside_forward_mode_gets_an_error_that_names_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(levels, "FORWARD_MODE_TIMEOUT", 0.2)
 
