@@ -699,6 +699,15 @@ for _name, _binary in {
 }.items():
     _add(_name, _binary, _positive(3, 2), _positive(3, 2))
 
+_masked = torch.tensor([[True, False], [False, False], [False, True]])
+_add(
+    "logaddexp with nothing to add",
+    lambda a, b: torch.logaddexp(a.masked_fill(_masked, -torch.inf), b.masked_fill(_masked, -torch.inf)),
+    _normal(3, 2),
+    _normal(3, 2),
+)
+_add("masked_select of a scalar", lambda x: x.masked_select(torch.tensor([True, False, True])) ** 2, _positive())
+
 # Fourier transforms -----------------------------------------------------------------------------------------------------
 
 for _name, _transform in {

@@ -88,8 +88,8 @@ def truth_of(problem: Problem, single: Problem) -> Truth:
     wrong = known & ((g - slope.D[0]).abs() > 1e-5 * slope.scale[0] + 3 * slope.error[0])
     if wrong.any():
         H, error = _second_differences(value, x)
-        return Truth(H, error, _scale(H, error, g), *losses, by_values=True, draws=draws)
-    bend = _differences(gradient, x, f, lambda D, error: _scale(D, error, g))
+        return Truth(H, error, _scale(H, error, g, f), *losses, by_values=True, draws=draws)
+    bend = _differences(gradient, x, f, lambda D, error: _scale(D, error, g, f))
     unknown = ~(known & bend.linear & g.isfinite())  # at a kink of f, or a pole of its gradient, the gradient is a convention
     error = bend.error.masked_fill(unknown.unsqueeze(0) | unknown.unsqueeze(1), torch.nan)
     return Truth(bend.D, error, bend.scale, *losses, draws=draws)
@@ -215,7 +215,8 @@ def _at_step(
         near = function(x + e / 2), function(x - e / 2)
         coarse, fine = (far[0] - far[1]) / (2 * h), (near[0] - near[1]) / h
         bend, bend_near = (far[0] + far[1] - 2 * at) / h, 2 * (near[0] + near[1] - 2 * at) / h
-        rounding = (1e-14 * (at.abs() + far[0].abs()) + 1e-15 * size) / h
+        still = (near[0] == near[1]) & (far[0] == far[1]) & (near[0] == at) & (far[0] == at)  # then there are no roundings
+        rounding = (1e-14 * (at.abs() + far[0].abs()) + 1e-15 * size).masked_fill(still, 0.0) / h
         kinked = (bend_near.abs() > 0.75 * bend.abs()) & (bend_near.abs() > 10 * rounding)
         D[:, j] = (4 * fine - coarse) / 3
         # At a kink the one-sided derivatives differ by the bend.
@@ -223,20 +224,21 @@ def _at_step(
     return D, error
 
 
-def _scale(H: Tensor, error: Tensor, g: Tensor) -> Tensor:
+def _scale(H: Tensor, error: Tensor, g: Tensor, value: Tensor) -> Tensor:
     """sqrt(r_i r_j), r_i the largest entry of row and column i: leaves may differ in size by much.
 
-    Where H is small or zero, the gradient says what size a wrong entry would have.
+    Where H is small or zero, the gradient and the value say what size a wrong entry would have.
     """
     size = torch.where(error.isfinite(), H.abs(), 0.0)
     r = torch.maximum(size.amax(0), size.amax(1))
-    r = torch.maximum(r, 1e-2 * g.abs().nan_to_num(0.0, 0.0, 0.0)).clamp(min=float(r.max()) * 1e-4 + 1e-10)
+    least = 1e-4 * float(r.max()) + 1e-7 * (1 + float(value.abs()))
+    r = torch.maximum(r, 1e-2 * g.abs().nan_to_num(0.0, 0.0, 0.0)).clamp(min=least)
     return (r.unsqueeze(0) * r.unsqueeze(1)).sqrt()
 
 
 def _value_scale(dv: Tensor, error: Tensor, value: Tensor) -> Tensor:
     largest = torch.where(error.isfinite(), dv.abs(), 0.0).max()
-    return (largest + 1e-6 * value.abs() + 1e-8).expand_as(dv)
+    return (largest + 1e-6 * (1 + value.abs())).expand_as(dv)
 
 
 def _second_differences(value: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
