@@ -21,11 +21,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,7 +61,8 @@ MIB = 2**20
 WORKING_SET = 64 * MIB
 NOT_WORTH_ASKING = 16 * MIB  # calls smaller than this do not ask the system what is left
 SHARE_OF_AVAILABLE = 0.6
-CACHE_TARGET_OF_A_THREAD = 1.5 * MIB  # bytes of one batched intermediate result
+NO_LIMIT = 2**60  # the first version of cgroups writes a number near 2**63 where there is none
+CACHE_TARGET_OF_A_THREAD = 1.0 * MIB  # bytes of one batched intermediate result
 CACHE_TARGET_ACCELERATOR = 64.0 * MIB
 ALLOCATOR_SLACK = 2.0  # what the system's allocator may hold beyond the storages alive
 FEWEST_FOR_SPEED = 32
@@ -242,33 +243,44 @@ def available_bytes(device: torch.device) -> int:
 
 
 def _system() -> int | None:
-    for line in _lines("/proc/meminfo"):
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
+    available = _entry("/proc/meminfo", "MemAvailable:")
+    if available is not None:
+        return available * 1024
     with contextlib.suppress(ImportError, ValueError, OSError, AttributeError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     return None
 
 
 def _cgroup() -> int | None:
-    """The tightest limit of the process's own cgroup and its parents, less what is used (version 2, then 1)."""
+    """The tightest limit of the process's own cgroup and its parents, less what is used and cannot be given back."""
     left = []
-    for line in _lines("/proc/self/cgroup"):
-        _, controllers, path = line.strip().split(":", 2)
+    for place, (limit_file, used_file, cached) in _cgroup_places(_read("/proc/self/cgroup")):
+        limit = _number(f"{place}/{limit_file}")
+        if limit is None or limit >= NO_LIMIT:
+            continue
+        used = _number(f"{place}/{used_file}")
+        if used is not None:  # pages of files are given back: those of a memory-mapped out= are among them
+            left.append(limit - used + sum(_entry(f"{place}/memory.stat", name) or 0 for name in cached))
+    return min(left) if left else None
+
+
+@functools.cache
+def _cgroup_places(cgroups: str) -> tuple[tuple[str, tuple[str, str, tuple[str, ...]]], ...]:
+    """The folders that can limit a process whose /proc/self/cgroup says ``cgroups``, with the names of their files."""
+    found = []
+    for line in cgroups.splitlines():
+        _, controllers, path = line.split(":", 2)
         if controllers == "":
-            root, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
+            root, names = "/sys/fs/cgroup", ("memory.max", "memory.current", ("inactive_file", "active_file"))
         elif "memory" in controllers.split(","):
-            root, names = Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            root = "/sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
         else:
             continue
-        folder = root / path.lstrip("/")
-        for place in (folder, *folder.parents):
-            limit, used = (_number(place / name) for name in names)
-            if limit is not None and used is not None:
-                left.append(limit - used)
-            if place == root:
-                break
-    return min(left) if left else None
+        steps = [step for step in path.split("/") if step]
+        places = ["/".join([root, *steps[:depth]]) for depth in range(len(steps), -1, -1)]
+        found += [(place, names) for place in places if _read(f"{place}/{names[0]}")]
+    return tuple(found)
 
 
 def _address_space() -> int | None:
@@ -277,20 +289,32 @@ def _address_space() -> int | None:
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit == resource.RLIM_INFINITY:
         return None
-    used = next((int(line.split()[1]) * 1024 for line in _lines("/proc/self/status") if line.startswith("VmSize:")), 0)
-    return limit - used
+    return limit - (_entry("/proc/self/status", "VmSize:") or 0) * 1024
 
 
-def _lines(path: str) -> list[str]:
+def _read(path: str) -> str:
+    """A file of the kernel's, empty where there is none; below the layers of ``open``, which cost more than the kernel."""
     try:
-        return Path(path).read_text().splitlines()
+        descriptor = os.open(path, os.O_RDONLY)
     except OSError:
-        return []
+        return ""
+    try:
+        return os.read(descriptor, 65536).decode(errors="replace")
+    except OSError:
+        return ""
+    finally:
+        os.close(descriptor)
 
 
-def _number(path: Path) -> int | None:
-    text = next(iter(_lines(str(path))), "")
+def _number(path: str) -> int | None:
+    text = _read(path).strip()
     return int(text) if text.isdigit() else None
+
+
+def _entry(path: str, name: str) -> int | None:
+    """The number that follows ``name`` at the beginning of a line."""
+    match = re.search(rf"^{name}\s+(\d+)", _read(path), re.MULTILINE)
+    return int(match[1]) if match else None
 
 
 # ---------------------------------------------------------------------------------------------------- how many rows

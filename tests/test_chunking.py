@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -123,23 +122,16 @@ def test_a_fake_run_passes_on_what_f_raises():
 
 
 @pytest.fixture
-def files(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+def files(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     """Files as the kernel would show them, in the place of its own."""
     shown = {"/proc/meminfo": "MemTotal: 16000000 kB\nMemAvailable: 8000000 kB\n"}
-    ordinary = Path.read_text
-
-    def read_text(self: Path, *args: Any, **kwargs: Any) -> str:
-        if str(self).startswith(("/proc/", "/sys/")):
-            if str(self) not in shown:
-                raise FileNotFoundError(str(self))
-            return shown[str(self)]
-        return ordinary(self, *args, **kwargs)
-
-    monkeypatch.setattr(Path, "read_text", read_text)
+    chunking._cgroup_places.cache_clear()
+    monkeypatch.setattr(chunking, "_read", lambda path: shown.get(path, ""))
     if chunking.resource is not None:
         unlimited = (chunking.resource.RLIM_INFINITY,) * 2
         monkeypatch.setattr(chunking.resource, "getrlimit", lambda which: unlimited)
-    return shown
+    yield shown
+    chunking._cgroup_places.cache_clear()
 
 
 def test_the_system_says_what_is_available(files):
@@ -176,6 +168,43 @@ def test_a_cgroup_of_the_first_version_is_a_limit_too(files):
     files["/sys/fs/cgroup/memory/b/memory.limit_in_bytes"] = f"{64 * MIB}\n"
     files["/sys/fs/cgroup/memory/b/memory.usage_in_bytes"] = f"{60 * MIB}\n"
     assert available_bytes(CPU) == 4 * MIB
+
+
+def test_a_cgroup_of_the_first_version_without_a_limit_is_none(files):
+    files["/proc/self/cgroup"] = "4:memory:/b\n"
+    files["/sys/fs/cgroup/memory/b/memory.limit_in_bytes"] = "9223372036854771712\n"
+    files["/sys/fs/cgroup/memory/b/memory.usage_in_bytes"] = f"{60 * MIB}\n"
+    assert available_bytes(CPU) == 8_000_000 * 1024
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_pages_of_files_that_a_cgroup_can_give_back_are_available(files, version):
+    """What was written through a memory-mapped out= is counted as used until somebody needs the memory."""
+    stat = f"anon 5\ninactive_file {30 * MIB}\nactive_file {20 * MIB}\n"
+    if version == 1:
+        files["/proc/self/cgroup"] = "4:memory:/b\n"
+        names, stat = (
+            ("memory/b/memory.limit_in_bytes", "memory/b/memory.usage_in_bytes", "memory/b/memory.stat"),
+            (f"inactive_file 1\nactive_file 1\ntotal_inactive_file {30 * MIB}\ntotal_active_file {20 * MIB}\n"),
+        )
+    else:
+        files["/proc/self/cgroup"] = "0::/b\n"
+        names = ("b/memory.max", "b/memory.current", "b/memory.stat")
+    for name, text in zip(names, (f"{100 * MIB}\n", f"{90 * MIB}\n", stat), strict=True):
+        files[f"/sys/fs/cgroup/{name}"] = text
+    assert available_bytes(CPU) == 60 * MIB
+
+
+def test_the_folders_of_a_cgroup_are_looked_for_once_and_its_numbers_each_time(files, monkeypatch):
+    files["/proc/self/cgroup"] = "0::/a/b/c\n"
+    files["/sys/fs/cgroup/a/memory.max"] = f"{300 * MIB}\n"
+    files["/sys/fs/cgroup/a/memory.current"] = f"{100 * MIB}\n"
+    assert available_bytes(CPU) == 200 * MIB
+    files["/sys/fs/cgroup/a/memory.max"] = f"{150 * MIB}\n"
+    read: list[str] = []
+    monkeypatch.setattr(chunking, "_read", lambda path: (read.append(path), files.get(path, ""))[1])
+    assert available_bytes(CPU) == 50 * MIB
+    assert len(read) <= 6 and not any("/b" in path for path in read)
 
 
 def test_a_cgroup_seen_from_inside_its_own_namespace_is_found_at_the_root(files):
