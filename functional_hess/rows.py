@@ -11,7 +11,6 @@ Unit vectors live on the leaves they touch; no n x n identity is ever made.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functional_hess.chunking import Estimate, Survey, chunk_for, closed_bound, measured, progress_bar, survey
+from functional_hess.chunking import (
+    FEWEST_FOR_SPEED,
+    MEASURED_ROWS,
+    Estimate,
+    Survey,
+    chunk_for,
+    closed_bound,
+    measured,
+    progress_bar,
+    survey,
+)
 from functional_hess.guards import MissingDerivativeError, Replay, value_and_gradient, warn_of_low_precision
 from functional_hess.nesting import is_outermost
 from functional_hess.products import (
@@ -48,6 +57,7 @@ __all__ = [
     "evaluate",
     "look",
     "plan_rows",
+    "refined",
     "try_one_row",
 ]
 
@@ -141,6 +151,7 @@ class Plan:
     chunk: int
     estimate: Estimate
     output: int
+    held: int
 
     @property
     def rows(self) -> int:
@@ -172,7 +183,7 @@ def look(
     return Problem(f, bound, scalar, seen, options)
 
 
-def plan_rows(problem: Problem, wanted: Wanted, output: int, *, copies: int = 1) -> Plan:
+def plan_rows(problem: Problem, wanted: Wanted, output: int, *, copies: int = 1, held: int = 0) -> Plan:
     """Group the wanted rows, in order, and choose the chunk.
 
     Args:
@@ -180,6 +191,7 @@ def plan_rows(problem: Problem, wanted: Wanted, output: int, *, copies: int = 1)
         wanted: coordinates of one leaf each, with the leaves they are to be differentiated against.
         output: bytes that the call allocates for its result.
         copies: how many functions share a row (the outputs of a vector-valued f).
+        held: bytes of a row that are held beside it, by the verb or by whoever takes the rows from it.
 
     Raises:
         MemoryLimitError: see :func:`functional_hess.chunking.chunk_for`.
@@ -190,22 +202,22 @@ def plan_rows(problem: Problem, wanted: Wanted, output: int, *, copies: int = 1)
     if not is_outermost():
         chunk = options.chunk_size if isinstance(options.chunk_size, int) else max(total, 1)
         left = Estimate(0, 0, "left to the outermost call")
-        return Plan(problem, columns, _grouped(wanted, chunk), chunk, left, output)
-    bound = closed_bound(sum(t.numel() * t.element_size() for t in x), seen.saved)
-    bound = dataclasses.replace(bound, per_row=bound.per_row * copies)
-    whole = _grouped(wanted, total)
+        return Plan(problem, columns, _grouped(wanted, chunk), chunk, left, output, held)
+    bound = closed_bound(sum(t.numel() * t.element_size() for t in x), seen.saved, seen.held)
+    bound = dataclasses.replace(bound, per_row=bound.per_row * copies + held)
+    groups = _grouped(wanted, FEWEST_FOR_SPEED)
     chunk, estimate = chunk_for(
         problem.verb,
-        rows=max(map(len, whole), default=0),
+        rows=total,
         output=output,
         mean_result=copies * seen.saved / seen.calls,
         bound=bound,
-        refine=functools.partial(_refined, problem, whole, bound) if copies == 1 and whole else None,
+        refine=(lambda spare: refined(problem, groups, bound, held, spare)) if copies == 1 and total else None,
         device=problem.space.device,
         memory_limit=options.memory_limit,
         chunk_size=options.chunk_size,
     )
-    return Plan(problem, columns, _grouped(wanted, chunk), chunk, estimate, output)
+    return Plan(problem, columns, _grouped(wanted, chunk), chunk, estimate, output, held)
 
 
 def _grouped(wanted: Wanted, chunk: int) -> tuple[Group, ...]:
@@ -226,29 +238,48 @@ def _grouped(wanted: Wanted, chunk: int) -> tuple[Group, ...]:
     )
 
 
-def _refined(problem: Problem, groups: Sequence[Group], bound: Estimate) -> Estimate:
-    """A fake run of the group that needs most; the closed bound where that cannot be done.
+def refined(problem: Problem, groups: Sequence[Group], bound: Estimate, held: int, spare: float) -> Estimate:
+    """What the group that needs most was measured to need; the bound where nothing can be measured.
 
-    Only reverse-over-reverse runs on fake tensors: forward mode under a dispatch mode can end the process in torch.
+    Measuring allocates no more than ``spare`` bytes, unless f does not take fake tensors: then as much as two rows at a time.
     """
-    if problem.options.mode not in ("auto", REVERSE_OVER_REVERSE, "fastest"):
+    if problem.seen.forward or problem.options.mode not in ("auto", REVERSE_OVER_REVERSE, "fastest"):
+        return bound  # forward mode cannot be run under a counter
+    try:
+        first, *others = [_measured(problem, group, bound, held, spare) for group in _largest(groups)]
+    except Exception:  # f leaves torch, or another mode will have to do; the bound is all there is
         return bound
-    sizes = problem.space.sizes
-    group = max(groups, key=lambda g: sum(sizes[leaf] for leaf in g.columns))
-    leaf = group.pieces[0].leaf
+    return first.or_else(others)
+
+
+def _largest(groups: Sequence[Group]) -> list[Group]:
+    """Those that may need most: the first, which is differentiated against most leaves, and any with more rows than before."""
+    chosen: list[Group] = []
+    for group in groups:
+        if not chosen or len(group) > len(chosen[-1]):
+            chosen.append(group)
+    return chosen
+
+
+def _measured(problem: Problem, group: Group, bound: Estimate, held: int, spare: float) -> Estimate:
+    """Reverse-over-reverse rows of a group, run: on fake tensors if that is no trifle or f takes them, else on x."""
 
     def run(x: Sequence[Tensor], k: int) -> Tensors:
-        one_hot = problem.space.one_hot([Piece(leaf, range(min(k, sizes[leaf])))])
         product = product_at(problem.scalar, tuple(x), REVERSE_OVER_REVERSE, group.rows, group.columns, verb=problem.verb)
-        return rows_of(product, REVERSE_OVER_REVERSE, one_hot)
+        return rows_of(product, REVERSE_OVER_REVERSE, problem.space.one_hot(next(chunks_of(group.pieces, k))))
 
-    known, key = _estimates_of(problem.f), (group.rows, group.columns, problem.seen.saved, _shapes(problem))
+    known, key = _estimates_of(problem.f), (group.rows, group.columns, len(group), problem.seen.saved, _shapes(problem))
     if key not in known:
-        try:
-            known[key] = measured(run, problem.bound.x)
-        except Exception:  # f branches on a value, or leaves torch; the bound is all there is
-            known[key] = bound
-    return known[key]
+        trifle = bound.working(MEASURED_ROWS[-1]) <= spare
+        x = tuple(t.detach() for t in problem.bound.x)
+        with problem.replay(), torch.no_grad():
+            try:
+                known[key] = measured(run, x, len(group), fake=not trifle)
+            except Exception:
+                if trifle:
+                    raise
+                known[key] = measured(run, x, len(group), fake=False, at=(1, 2))
+    return known[key].holding(held)
 
 
 def _shapes(problem: Problem) -> tuple[Any, ...]:
@@ -290,8 +321,7 @@ def evaluate(plan: Plan) -> Iterator[Chunk]:
         for group in plan.groups:
             runner.enter(group)
             for pieces in chunks_of(group.pieces, plan.chunk):
-                mode, values = runner.rows(problem.space.one_hot(pieces))
-                yield Chunk(pieces, group.columns, values, mode in BY_COLUMNS)
+                yield runner.chunk(pieces)  # no name here holds on to it while the next is computed
                 advance(sum(map(len, pieces)))
 
 
@@ -323,6 +353,11 @@ class _Runner:
         """The next rows are of ``group``: graphs kept for the last one go."""
         self.group = group
         self.products.clear()
+
+    def chunk(self, pieces: tuple[Piece, ...]) -> Chunk:
+        """The rows of ``pieces``, which are of the group entered."""
+        mode, values = self.rows(self.problem.space.one_hot(pieces))
+        return Chunk(pieces, self.group.columns, values, mode in BY_COLUMNS)
 
     def rows(self, v: dict[int, Tensor]) -> tuple[str, Tensors]:
         """The mode used, and H v for the stacked vectors v."""

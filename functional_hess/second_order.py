@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from functional_hess.blocks import Blocks, require_out
-from functional_hess.chunking import megabytes, progress_bar
+from functional_hess.chunking import NOT_WORTH_ASKING, megabytes, progress_bar
 from functional_hess.guards import value_and_gradient
-from functional_hess.nesting import derived_from
+from functional_hess.nesting import derived_from, is_outermost
 from functional_hess.products import (
     FORWARD_OVER_REVERSE,
     REVERSE_OVER_REVERSE,
@@ -35,7 +35,19 @@ from functional_hess.products import (
     product_at,
     rows_of,
 )
-from functional_hess.rows import BY_COLUMNS, Options, Plan, Problem, chunks_of, evaluate, look, plan_rows, try_one_row
+from functional_hess.rows import (
+    BY_COLUMNS,
+    Chunk,
+    Options,
+    Plan,
+    Problem,
+    chunks_of,
+    evaluate,
+    look,
+    plan_rows,
+    refined,
+    try_one_row,
+)
 from functional_hess.transforms import flat_vmap, plain
 from functional_hess.tree import Piece, Space, flat
 
@@ -206,7 +218,9 @@ def hessian_rows(
         _require_scalar_value(problem)
         every = tuple(problem.space.leaves)
         chosen = range(problem.space.dim) if rows is None else _checked(rows, problem.space.dim)
-        return plan_rows(problem, [(piece, every) for piece in problem.space.pieces(chosen)], output=0)
+        row = problem.space.dim * problem.space.dtype.itemsize
+        pieces = problem.space.pieces(chosen)
+        return plan_rows(problem, [(piece, every) for piece in pieces], output=0, held=2 * row)  # joined; the caller's last one
 
     @derived_from(f)
     def transformed(*args: Any, **kwargs: Any) -> Iterator[tuple[Sequence[int], Tensor]]:
@@ -274,17 +288,23 @@ def hessian_diagonal(
         space = plan.problem.space
         parts: dict[int, list[Tensor]] = {leaf: [] for leaf in space.leaves}
         for chunk in evaluate(plan):
-            row = 0
-            for piece in chunk.pieces:
-                values = chunk.values[chunk.columns.index(piece.leaf)][row : row + len(piece)]
-                parts[piece.leaf].append(flat(values)[:, piece.indices[0] : piece.indices[-1] + 1].diagonal())
-                row += len(piece)
+            for leaf, part in _diagonals(chunk):
+                parts[leaf].append(part)
+            del chunk
         empty = [[torch.zeros(0, dtype=t.dtype, device=t.device)] for t in plan.problem.bound.x]
         joined = [torch.cat(parts[leaf] or empty[leaf]).reshape(space.shapes[leaf]) for leaf in space.leaves]
         diagonal = space.unpack(plain(joined))
         return (diagonal, plan.problem.seen.aux) if has_aux else diagonal
 
     return _explainable(transformed, planned)
+
+
+def _diagonals(chunk: Chunk) -> Iterator[tuple[int, Tensor]]:
+    row = 0
+    for piece in chunk.pieces:
+        values = flat(chunk.values[chunk.columns.index(piece.leaf)][row : row + len(piece)])
+        yield piece.leaf, values[:, piece.indices[0] : piece.indices[-1] + 1].diagonal().clone()  # not a view: the chunk goes
+        row += len(piece)
 
 
 def hessian_blocks(
@@ -338,6 +358,7 @@ def hessian_blocks(
         chosen = {(leaf, leaf) for leaf in space.leaves} if pairs is None else set(_matching(space, pairs))
         for chunk in evaluate(plan):
             blocks.add(chunk)
+            del chunk
         result: Any
         if pairs is None:
             result = space.unpack([blocks.block(leaf, leaf) for leaf in space.leaves])
@@ -395,6 +416,7 @@ def _dense(plan: Plan, symmetric: bool, out: Tensor | None) -> Tree:
     blocks = Blocks(plan.problem, plan.columns, symmetric=symmetric, out=out)
     for chunk in evaluate(plan):
         blocks.add(chunk)
+        del chunk  # before the next is computed
     return space.unpack([space.unpack([blocks.block(p, q) for q in space.leaves]) for p in space.leaves])
 
 
@@ -510,6 +532,10 @@ def explain(transformed: Callable[..., Any], *args: Any, **kwargs: Any) -> Expla
     problem = plan.problem
     scalar = problem.is_scalar
     mode, repairs = try_one_row(plan) if scalar and plan.groups else (problem.options.mode, ())
+    estimate = plan.estimate
+    if mode == REVERSE_OVER_REVERSE and is_outermost():
+        spare = max(plan.estimate.working(plan.chunk), NOT_WORTH_ASKING if problem.options.memory_limit is None else 0)
+        estimate = refined(problem, plan.groups, plan.estimate, plan.held, spare)
     return Explanation(
         verb=problem.verb,
         dim=problem.space.dim,
@@ -521,6 +547,6 @@ def explain(transformed: Callable[..., Any], *args: Any, **kwargs: Any) -> Expla
         chunks=plan.chunks,
         groups=len(plan.groups),
         output_bytes=plan.output,
-        working_bytes=plan.estimate.working(plan.chunk),
-        estimate=plan.estimate.source,
+        working_bytes=estimate.working(plan.chunk),
+        estimate=estimate.source,
     )
