@@ -19,6 +19,7 @@ from functional_hess.second_order import (
 )
 from functional_hess.transforms import grad, jvp, linearize, value_and_grad, vjp, vmap
 from functional_hess.tree import Space, partition, register
+from functional_hess.verification import Record, checked
 
 __all__ = [
     # trees
@@ -49,6 +50,8 @@ __all__ = [
     "explain",
     "prepare",
     # checks and errors
+    "checked",
+    "Record",
     "testing",
     "DependenceError",
     "LowPrecisionWarning",

@@ -9,6 +9,9 @@ formula; at a kink of g one of them is of the size of the kink (c is half the ju
 with D by more than its tolerance is tried again with steps 16 and 256 times smaller, since kinks spoil large steps first; it is
 wrong where the doubt of the smallest steps can't explain the disagreement, and inconclusive where it can.
 
+Where evaluations are counted, a :class:`Line` takes four gradients, at two steps that lie a factor of some hundred apart: its
+doubt is the difference of the two.
+
 This floor knows no derivatives but these, so that it can judge all others.
 """
 
@@ -17,9 +20,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from functional_hess.tree import Space
 
@@ -30,7 +35,9 @@ __all__ = [
     "RIGHT",
     "Comparison",
     "Flat",
+    "InDouble",
     "Ladder",
+    "Line",
     "LawError",
     "Slope",
     "along",
@@ -41,9 +48,12 @@ __all__ = [
     "in_double",
     "measured_along",
     "largest",
+    "line_through",
+    "scale_of",
     "settled",
     "slopes_at",
     "tolerances_for",
+    "value_slopes",
 ]
 
 Tensors = tuple[Tensor, ...]
@@ -134,10 +144,11 @@ def drawn_by(generator: torch.Generator | None) -> torch.Generator:
 def direction(space: Space, x: Tensors, generator: torch.Generator) -> Tensors:
     """Normal coordinates times the size of their leaf, so that no step leaves the scale of the parameters."""
     v = space.pack(space.random(generator), "direction")
-    return tuple(t * _scale(leaf) for t, leaf in zip(v, x, strict=True))
+    return tuple(t * scale_of(leaf) for t, leaf in zip(v, x, strict=True))
 
 
-def _scale(leaf: Tensor) -> float:
+def scale_of(leaf: Tensor) -> float:
+    """The size of a leaf, within bounds; 1 where it is zero."""
     size = largest([leaf])
     return min(max(size, 1e-3), 1e3) if size > 0 else 1.0
 
@@ -157,7 +168,7 @@ def measured_along(f: Flat, x: Tensors, v: Tensors) -> Ladder:
     return functools.cache(lambda rung: slopes_at(f, x, v, _SHRINK[rung]))
 
 
-def settled(ladder: Ladder, compare: Callable[[Sequence[Slope]], Comparison]) -> Comparison:
+def settled(ladder: Ladder, compare: Callable[[Sequence[Slope]], Comparison], rungs: int = len(_SHRINK)) -> Comparison:
     """The comparison at the first step, unless a smaller one contradicts it.
 
     A kink close by spoils the large steps alone, so right at a smaller step is right, and wrong must be so at the two smallest
@@ -167,7 +178,7 @@ def settled(ladder: Ladder, compare: Callable[[Sequence[Slope]], Comparison]) ->
     if first.outcome == RIGHT:
         return first
     heard = [first]
-    for rung in range(1, len(_SHRINK)):
+    for rung in range(1, rungs):
         smaller = compare(ladder(rung))
         if smaller.outcome == RIGHT and smaller.tolerance <= 2 * first.tolerance:
             return smaller
@@ -216,3 +227,97 @@ def along(slopes: Sequence[Slope], u: Tensors) -> Slope:
 def finite(t: Tensor) -> Tensor:
     """``t`` with zeros where it is not finite."""
     return t.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+# ---------------------------------------------------------------------------------------------------- four gradients
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A function f and its gradient g on the line x + t w, by differences at a far and a near step.
+
+    Attributes:
+        w: the direction, one tensor a leaf.
+        curvature: d/dt g at t = 0 by the far step and by the near one, one slope a leaf.
+        gradient: g at t = 0, one slope a leaf (its mean over both sides).
+        value: d/dt f at t = 0, by the far step and by the near one.
+    """
+
+    w: Tensors
+    curvature: tuple[list[Slope], list[Slope]]
+    gradient: list[Slope]
+    value: tuple[Slope, Slope]
+
+    def settled(self, compare: Callable[[Sequence[Slope]], Comparison]) -> Comparison:
+        """The comparison with the curvature at the far step, unless the near one contradicts it."""
+        return settled(self.curvature.__getitem__, compare, 2)
+
+
+def line_through(at: Callable[[float], tuple[Tensor, Tensors]], w: Tensors, eps: float) -> Line:
+    """The line along ``w`` from ``at(t) = (f, g)`` at x + t w, in float64, rounded to ``eps``; calls ``at`` four times."""
+    far, near = _two_steps(eps)
+    values, gradients = {}, {}
+    for t in (far, -far, near, -near):
+        values[t], gradients[t] = at(t)
+    pairs = [list(zip(gradients[h], gradients[-h], strict=True)) for h in (far, near)]
+    noise = 8 * eps * largest([g for each in gradients.values() for g in each])
+    curvature = [[(a - b) / (2 * h) for a, b in pair] for h, pair in zip((far, near), pairs, strict=True)]
+    means = [[(a + b) / 2 for a, b in pair] for pair in pairs]
+    doubt = [(a - b).abs() for a, b in zip(*curvature, strict=True)]
+    jumps = [near * d for d in doubt]  # where g jumps between x - near w and x + near w, this is half the jump
+    unsure = [(a - b).abs() + jump for a, b, jump in zip(*means, jumps, strict=True)]
+    return Line(
+        w,
+        (_doubted(curvature[0], doubt, noise / far), _doubted(curvature[1], doubt, noise / near)),
+        _doubted(means[1], unsure, noise),
+        _value_slopes(values, eps),
+    )
+
+
+def value_slopes(at: Callable[[float], Tensor], eps: float) -> tuple[Slope, Slope]:
+    """d/dt of ``at(t) = f(x + t w)`` by the far step and by the near one; calls ``at`` four times."""
+    return _value_slopes({sign * h: at(sign * h) for h in _two_steps(eps) for sign in (1, -1)}, eps)
+
+
+def _two_steps(eps: float) -> tuple[float, float]:
+    """Far, where rounding is harmless; and near, where most kinks are out of reach."""
+    return eps**0.3, eps**0.4
+
+
+def _value_slopes(values: dict[float, Tensor], eps: float) -> tuple[Slope, Slope]:
+    steps = _two_steps(eps)
+    far, near = ((values[h] - values[-h]) / (2 * h) for h in steps)
+    noise = 8 * eps * largest(list(values.values()))
+    (far_slope,), (near_slope,) = (
+        _doubted([d], [(far - near).abs()], noise / h) for d, h in zip((far, near), steps, strict=True)
+    )
+    return far_slope, near_slope
+
+
+def _doubted(values: Sequence[Tensor], doubts: Sequence[Tensor], noise: float) -> list[Slope]:
+    anywhere = largest([d.nan_to_num(nan=torch.inf) for d in doubts])
+    return [Slope(v, d, torch.zeros_like(v), noise, anywhere) for v, d in zip(values, doubts, strict=True)]
+
+
+class InDouble(TorchFunctionMode):
+    """Inside it every floating tensor that meets an op is float64, constants that f holds included, and so is every result.
+
+    A float32 function is evaluated in float64 this way, but for what it does outside torch. What it writes into a narrow tensor
+    of its own is lost, so compare a value before believing another.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        wide = {name: _widened(value) for name, value in (kwargs or {}).items()}
+        return _widened(_WIDE_CASTS.get(func, func)(*map(_widened, args), **wide))
+
+
+_NARROW = (torch.float32, torch.float16, torch.bfloat16)
+_WIDE_CASTS: dict[Any, Any] = dict.fromkeys((Tensor.float, Tensor.half, Tensor.bfloat16), Tensor.double)
+
+
+def _widened(value: Any) -> Any:
+    if type(value) in (Tensor, torch.nn.Parameter):
+        return value.double() if value.dtype in _NARROW else value
+    if isinstance(value, torch.dtype):
+        return torch.float64 if value in _NARROW else value
+    return type(value)(map(_widened, value)) if type(value) in (list, tuple) else value

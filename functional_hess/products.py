@@ -41,6 +41,7 @@ from functional_hess.levels import flat_double_backward, flat_jvp, flat_value_an
 from functional_hess.nesting import eagerly, is_outermost
 from functional_hess.transforms import Bound, bind
 from functional_hess.tree import Space, tensors_of
+from functional_hess.verification import begin
 
 __all__ = ["MODES", "Product", "first_mode_that_works", "grad_and_hvp", "hvp", "no_such_mode", "product_at", "rows_of"]
 
@@ -285,6 +286,7 @@ def _both(
     bound = bind(verb, f, (x, *args), {}, 0)
     tangents = dict(enumerate(bound.space.pack(v, "tangent")))
     warn_of_low_precision(verb, bound.space)
+    check = begin(bound, has_aux, randomness)
     scalar, every_leaf = bound.scalar(has_aux), bound.space if strict else None
 
     def attempt(candidate: str) -> tuple[Tensors | None, Tensors, Any]:
@@ -302,6 +304,8 @@ def _both(
     with Replay(randomness, bound.x, verb) as replay:
         gradient, product, aux = first_mode_that_works(verb, f, bound.x, mode, ONE_PRODUCT, attempt)
         replay.finish(bound.call, bound.x)
+    if check:
+        check.product(tangents, product, gradient)
     return bound.space.unpack(plain(gradient)) if with_gradient else None, bound.space.unpack(plain(product)), aux
 
 

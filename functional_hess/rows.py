@@ -45,6 +45,7 @@ from functional_hess.products import (
 )
 from functional_hess.transforms import Bound, bind, repaired
 from functional_hess.tree import Piece, Space, tensors_of
+from functional_hess.verification import Check, begin
 
 __all__ = [
     "BY_COLUMNS",
@@ -91,6 +92,7 @@ class Problem:
     scalar: Scalar
     seen: Survey
     options: Options
+    check: Check | None = None
 
     @property
     def space(self) -> Space:
@@ -174,13 +176,14 @@ def look(
     bound = bind(verb, f, args, kwargs, argnums)
     warn_of_low_precision(verb, bound.space)
     scalar = bound.scalar(options.has_aux)
+    check = begin(bound, options.has_aux, options.randomness)
     with Replay(options.randomness, bound.x, verb) as replay:
         seen = survey(lambda *x: bound.split(x, options.has_aux), bound.x)
         replay.finish(bound.call, bound.x)
         if options.strict:
             replay.rewind()
             value_and_gradient(scalar, bound.x, verb, strict=bound.space)
-    return Problem(f, bound, scalar, seen, options)
+    return Problem(f, bound, scalar, seen, options, check)
 
 
 def plan_rows(problem: Problem, wanted: Wanted, output: int, *, copies: int = 1, held: int = 0) -> Plan:

@@ -130,6 +130,8 @@ def hessian(
     def transformed(*args: Any, **kwargs: Any) -> Any:
         plan = planned(*args, **kwargs)
         H = _dense(plan, symmetric, out) if plan.problem.is_scalar else _dense_of_each_output(plan)
+        if plan.problem.check:
+            plan.problem.check.hessian(H)
         return (H, plan.problem.seen.aux) if has_aux else H
 
     return _explainable(transformed, planned)
@@ -180,6 +182,8 @@ def value_grad_and_hessian(
         with problem.replay():
             (value, aux), gradient = value_and_gradient(problem.scalar, problem.bound.x, problem.verb)
         g, H = problem.space.unpack(plain(gradient)), _dense(plan, symmetric, out)
+        if problem.check:
+            problem.check.hessian(H, gradient)
         return ((value, aux), g, H) if has_aux else (value, g, H)
 
     return _explainable(transformed, second.planned)  # type: ignore[attr-defined]
@@ -224,7 +228,8 @@ def hessian_rows(
 
     @derived_from(f)
     def transformed(*args: Any, **kwargs: Any) -> Iterator[tuple[Sequence[int], Tensor]]:
-        return _stream(planned(*args, **kwargs))
+        plan = planned(*args, **kwargs)
+        return plan.problem.check.rows(_stream(plan)) if plan.problem.check else _stream(plan)
 
     return _explainable(transformed, planned)
 
@@ -287,7 +292,8 @@ def hessian_diagonal(
         plan = planned(*args, **kwargs)
         space = plan.problem.space
         parts: dict[int, list[Tensor]] = {leaf: [] for leaf in space.leaves}
-        for chunk in evaluate(plan):
+        check = plan.problem.check
+        for chunk in check.chunks(plan.groups, evaluate(plan)) if check else evaluate(plan):
             for leaf, part in _diagonals(chunk):
                 parts[leaf].append(part)
             del chunk
@@ -356,7 +362,8 @@ def hessian_blocks(
         space = plan.problem.space
         blocks = Blocks(plan.problem, plan.columns)
         chosen = {(leaf, leaf) for leaf in space.leaves} if pairs is None else set(_matching(space, pairs))
-        for chunk in evaluate(plan):
+        check = plan.problem.check
+        for chunk in check.chunks(plan.groups, evaluate(plan)) if check else evaluate(plan):
             blocks.add(chunk)
             del chunk
         result: Any

@@ -30,6 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("guards",),
     ("transforms",),
     ("jacobians", "chunking", "prepared", "modules"),
+    ("verification",),
     ("products",),
     ("risk", "taylor", "sparsity", "rows"),
     ("lifting", "blocks"),
