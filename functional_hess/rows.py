@@ -317,9 +317,9 @@ def chunks_of(pieces: Sequence[Piece], k: int) -> Iterator[tuple[Piece, ...]]:
 
 
 def evaluate(plan: Plan) -> Iterator[Chunk]:
-    """All rows of a plan, chunk by chunk."""
-    problem = plan.problem
-    with problem.replay() as replay, progress_bar(problem.verb, plan.rows, problem.options.progress) as advance:
+    """All rows of a plan, chunk by chunk. Between two chunks, when other code runs, no mode is active."""
+    problem, replay = plan.problem, plan.problem.replay()
+    with progress_bar(problem.verb, plan.rows, problem.options.progress) as advance:
         runner = _Runner(problem, replay)
         for group in plan.groups:
             runner.enter(group)
@@ -359,7 +359,8 @@ class _Runner:
 
     def chunk(self, pieces: tuple[Piece, ...]) -> Chunk:
         """The rows of ``pieces``, which are of the group entered."""
-        mode, values = self.rows(self.problem.space.one_hot(pieces))
+        with self.replay:
+            mode, values = self.rows(self.problem.space.one_hot(pieces))
         return Chunk(pieces, self.group.columns, values, mode in BY_COLUMNS)
 
     def rows(self, v: dict[int, Tensor]) -> tuple[str, Tensors]:

@@ -25,6 +25,7 @@ from scenarios import (
     tensors,
 )
 from torch import Tensor
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from functional_hess import (
@@ -904,3 +905,16 @@ def test_a_function_or_a_point_without_coordinates_has_empty_blocks():
 def test_a_mode_that_does_not_exist_is_refused_even_where_there_is_nothing_to_compute():
     with pytest.raises(ValueError, match=r"hessian: mode must be 'auto'.* got 'sideways'"):
         hessian(lambda x: x.sum(), mode="sideways")(torch.ones(0))
+
+
+def test_a_stream_that_waits_leaves_no_mode_and_no_draw_behind():
+    x = numbers(4)
+    streams = [hessian_rows(lambda x: (F.dropout(x, 0.5) ** 3).sum(), chunk_size=1, randomness="same")(x) for _ in range(2)]
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    for stream in streams:
+        next(stream)
+        assert not _get_current_function_mode_stack() and torch.equal(torch.get_rng_state(), state)
+    for stream in streams:
+        stream.close()
+    assert not _get_current_function_mode_stack()
