@@ -48,6 +48,7 @@ __all__ = [
     "flat_vmap",
     "generators_in_use",
     "plain",
+    "reached_variables",
     "repaired",
     "replaced",
     "require_dependence",
@@ -565,3 +566,10 @@ def constant_where_unused(outputs: Sequence[Tensor], x: Tensors) -> Tensors:
     reached = _graph(outputs) if any(variable) else set()
     edge = torch.autograd.graph.get_gradient_edge
     return tuple(t.detach() if v and edge(t).node not in reached else t for v, t in zip(variable, x, strict=True))
+
+
+def reached_variables(outputs: Sequence[Tensor]) -> set[int]:
+    """The ids of the tensors in which the graph behind ``outputs`` ends: leaves of plain autograd."""
+    return {id(node.variable) for node in _graph(outputs) if hasattr(node, "variable")} | {
+        id(t) for t in outputs if t.requires_grad and t.grad_fn is None
+    }

@@ -154,6 +154,7 @@ class Plan:
     estimate: Estimate
     output: int
     held: int
+    route: str = "dense rows"
 
     @property
     def rows(self) -> int:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,8 +26,9 @@ import torch
 from torch import Tensor
 
 from functional_hess.blocks import Blocks, require_out
-from functional_hess.chunking import NOT_WORTH_ASKING, megabytes, progress_bar
+from functional_hess.chunking import NOT_WORTH_ASKING, WORKING_SET, megabytes, progress_bar
 from functional_hess.guards import value_and_gradient
+from functional_hess.lifting import DIRECTIONS, Lift, lift, lifted_blocks, lifted_diagonal, repairs_of
 from functional_hess.nesting import derived_from, is_outermost
 from functional_hess.products import (
     FORWARD_OVER_REVERSE,
@@ -63,6 +65,7 @@ __all__ = [
 
 Tree = Any
 Tensors = tuple[Tensor, ...]
+CHECKED = "checked() holds every row to differences"
 
 
 # ---------------------------------------------------------------------------------------------------- the public calls
@@ -120,16 +123,17 @@ def hessian(
     """
     options = Options(has_aux, mode, chunk_size, memory_limit, randomness, strict, progress, symmetric)
 
-    def planned(*args: Any, **kwargs: Any) -> Plan:
+    def planned(*args: Any, **kwargs: Any) -> Plan | Lift:
         problem = look("hessian", f, args, kwargs, argnums, options)
         if out is not None:
             require_out(problem, out)
-        return _dense_plan(problem, symmetric, out)
+        lifted = lift(problem, args, argnums, 0 if out is not None else _dense_bytes(problem.space))
+        return lifted if isinstance(lifted, Lift) else _because(_dense_plan(problem, symmetric, out), lifted)
 
     @derived_from(f)
     def transformed(*args: Any, **kwargs: Any) -> Any:
         plan = planned(*args, **kwargs)
-        H = _dense(plan, symmetric, out) if plan.problem.is_scalar else _dense_of_each_output(plan)
+        H = _dense(plan, symmetric, out)
         if plan.problem.check:
             plan.problem.check.hessian(H)
         return (H, plan.problem.seen.aux) if has_aux else H
@@ -176,7 +180,7 @@ def value_grad_and_hessian(
 
     @derived_from(f)
     def transformed(*args: Any, **kwargs: Any) -> Any:
-        plan: Plan = second.planned(*args, **kwargs)  # type: ignore[attr-defined]
+        plan: Plan | Lift = second.planned(*args, **kwargs)  # type: ignore[attr-defined]
         problem = plan.problem
         _require_scalar_value(problem)
         with problem.replay():
@@ -281,16 +285,22 @@ def hessian_diagonal(
     """
     options = Options(has_aux, mode, chunk_size, memory_limit, randomness, strict, progress)
 
-    def planned(*args: Any, **kwargs: Any) -> Plan:
+    def planned(*args: Any, **kwargs: Any) -> Plan | Lift:
         problem = look("hessian_diagonal", f, args, kwargs, argnums, options)
         _require_scalar_value(problem)
+        output = sum(t.numel() * t.element_size() for t in problem.bound.x)
+        lifted = CHECKED if problem.check else lift(problem, args, argnums, output, diagonal=True)
+        if isinstance(lifted, Lift):
+            return lifted
         wanted = [(_whole(problem.space, leaf), (leaf,)) for leaf in problem.seen.order]
-        return plan_rows(problem, wanted, output=sum(t.numel() * t.element_size() for t in problem.bound.x))
+        return _because(plan_rows(problem, wanted, output=output), lifted)
 
     @derived_from(f)
     def transformed(*args: Any, **kwargs: Any) -> Any:
         plan = planned(*args, **kwargs)
         space = plan.problem.space
+        if isinstance(plan, Lift):
+            return space.unpack(plain(lifted_diagonal(plan)))
         parts: dict[int, list[Tensor]] = {leaf: [] for leaf in space.leaves}
         check = plan.problem.check
         for chunk in check.chunks(plan.groups, evaluate(plan)) if check else evaluate(plan):
@@ -344,33 +354,40 @@ def hessian_blocks(
     """
     options = Options(has_aux, mode, chunk_size, memory_limit, randomness, strict, progress)
 
-    def planned(*args: Any, **kwargs: Any) -> Plan:
+    def planned(*args: Any, **kwargs: Any) -> Plan | Lift:
         problem = look("hessian_blocks", f, args, kwargs, argnums, options)
         _require_scalar_value(problem)
         space = problem.space
         chosen = [(leaf, leaf) for leaf in space.leaves] if pairs is None else _matching(space, pairs)
+        output = sum(_bytes_of(space, p, q) for p, q in chosen)
+        lifted = CHECKED if problem.check else lift(problem, args, argnums, output)
+        if isinstance(lifted, Lift):
+            return lifted
         against: dict[int, set[int]] = {}
         for p, q in chosen:
             row, column = sorted((p, q), key=lambda leaf: (space.sizes[leaf], leaf))
             against.setdefault(row, set()).add(column)
         wanted = [(_whole(space, leaf), tuple(sorted(against[leaf]))) for leaf in problem.seen.order if leaf in against]
-        return plan_rows(problem, wanted, output=sum(_bytes_of(space, p, q) for p, q in chosen))
+        return _because(plan_rows(problem, wanted, output=output), lifted)
 
     @derived_from(f)
     def transformed(*args: Any, **kwargs: Any) -> Any:
         plan = planned(*args, **kwargs)
         space = plan.problem.space
-        blocks = Blocks(plan.problem, plan.columns)
-        chosen = {(leaf, leaf) for leaf in space.leaves} if pairs is None else set(_matching(space, pairs))
-        check = plan.problem.check
-        for chunk in check.chunks(plan.groups, evaluate(plan)) if check else evaluate(plan):
-            blocks.add(chunk)
-            del chunk
-        result: Any
-        if pairs is None:
-            result = space.unpack([blocks.block(leaf, leaf) for leaf in space.leaves])
+        chosen = sorted({(leaf, leaf) for leaf in space.leaves} if pairs is None else set(_matching(space, pairs)))
+        if isinstance(plan, Lift):
+            found = lifted_blocks(plan, chosen)
         else:
-            result = {(space.paths[p], space.paths[q]): blocks.block(p, q) for p, q in sorted(chosen)}
+            blocks = Blocks(plan.problem, plan.columns)
+            check = plan.problem.check
+            for chunk in check.chunks(plan.groups, evaluate(plan)) if check else evaluate(plan):
+                blocks.add(chunk)
+                del chunk
+            found = {(p, q): blocks.block(p, q) for p, q in chosen}
+        if pairs is None:
+            result = space.unpack([found[leaf, leaf] for leaf in space.leaves])
+        else:
+            result = {(space.paths[p], space.paths[q]): block for (p, q), block in found.items()}
         return (result, plan.problem.seen.aux) if has_aux else result
 
     return _explainable(transformed, planned)
@@ -407,19 +424,34 @@ def _bytes_of(space: Space, p: int, q: int) -> int:
     return space.sizes[p] * space.sizes[q] * torch.promote_types(space.dtypes[p], space.dtypes[q]).itemsize
 
 
+def _dense_bytes(space: Space) -> int:
+    return sum(_bytes_of(space, p, q) for p in space.leaves for q in space.leaves)
+
+
+def _because(plan: Plan, reason: str) -> Plan:
+    """The plan by rows, and why a risk is not lifted."""
+    return dataclasses.replace(plan, route=f"{plan.route} because {reason}") if reason else plan
+
+
 def _dense_plan(problem: Problem, symmetric: bool, out: Tensor | None) -> Plan:
     space, order = problem.space, problem.seen.order
-    output = sum(_bytes_of(space, p, q) for p in space.leaves for q in space.leaves)
+    output = _dense_bytes(space)
     if not problem.is_scalar:
         outputs = Space.of(problem.seen.value, "f(x)").dim
         wanted = [(_whole(space, leaf), tuple(space.leaves)) for leaf in space.leaves]
-        return plan_rows(problem, wanted, output=output * outputs, copies=max(1, outputs))
+        plan = plan_rows(problem, wanted, output=output * outputs, copies=max(1, outputs))
+        return dataclasses.replace(plan, route="dense rows of each output")
     wanted = [(_whole(space, leaf), tuple(order[i if symmetric else 0 :])) for i, leaf in enumerate(order)]
     return plan_rows(problem, wanted, output=0 if out is not None else output)
 
 
-def _dense(plan: Plan, symmetric: bool, out: Tensor | None) -> Tree:
+def _dense(plan: Plan | Lift, symmetric: bool, out: Tensor | None) -> Tree:
     space = plan.problem.space
+    if isinstance(plan, Lift):
+        found = lifted_blocks(plan, list(itertools.product(space.leaves, repeat=2)), out)
+        return space.unpack([space.unpack([found[p, q] for q in space.leaves]) for p in space.leaves])
+    if not plan.problem.is_scalar:
+        return _dense_of_each_output(plan)
     blocks = Blocks(plan.problem, plan.columns, symmetric=symmetric, out=out)
     for chunk in evaluate(plan):
         blocks.add(chunk)
@@ -509,7 +541,7 @@ class Explanation:
         return "\n".join([self.verb, *(f"  {name:<12}{text}" for name, text in lines)])
 
 
-def _explainable(transformed: Any, planned: Callable[..., Plan]) -> Any:
+def _explainable(transformed: Any, planned: Callable[..., Plan | Lift]) -> Any:
     transformed.planned = planned
     return transformed
 
@@ -535,10 +567,11 @@ def explain(transformed: Callable[..., Any], *args: Any, **kwargs: Any) -> Expla
             "explain: takes what hessian, hessian_rows, hessian_blocks or hessian_diagonal return, got "
             f"{type(transformed).__name__}."
         )
-    plan: Plan = planned(*args, **kwargs)
+    plan: Plan | Lift = planned(*args, **kwargs)
+    if isinstance(plan, Lift):
+        return _explained_lift(plan)
     problem = plan.problem
-    scalar = problem.is_scalar
-    mode, repairs = try_one_row(plan) if scalar and plan.groups else (problem.options.mode, ())
+    mode, repairs = try_one_row(plan) if problem.is_scalar and plan.groups else (problem.options.mode, ())
     estimate = plan.estimate
     if mode == REVERSE_OVER_REVERSE and is_outermost():
         spare = max(plan.estimate.working(plan.chunk), NOT_WORTH_ASKING if problem.options.memory_limit is None else 0)
@@ -547,7 +580,7 @@ def explain(transformed: Callable[..., Any], *args: Any, **kwargs: Any) -> Expla
         verb=problem.verb,
         dim=problem.space.dim,
         rows=plan.rows,
-        route="dense rows" if scalar else "dense rows of each output",
+        route=plan.route,
         mode=mode,
         repairs=repairs,
         chunk_size=plan.chunk,
@@ -556,4 +589,22 @@ def explain(transformed: Callable[..., Any], *args: Any, **kwargs: Any) -> Expla
         output_bytes=plan.output,
         working_bytes=estimate.working(plan.chunk),
         estimate=estimate.source,
+    )
+
+
+def _explained_lift(plan: Lift) -> Explanation:
+    """Rows are directions here: units of affine sites, and entries of the leaves that are seeded directly."""
+    return Explanation(
+        verb=plan.problem.verb,
+        dim=plan.problem.space.dim,
+        rows=plan.directions,
+        route="lifted",
+        mode=FORWARD_OVER_REVERSE,
+        repairs=repairs_of(plan),
+        chunk_size=min(DIRECTIONS, plan.directions),
+        chunks=-(-plan.directions // DIRECTIONS),
+        groups=len(plan.groups),
+        output_bytes=plan.output,
+        working_bytes=WORKING_SET,
+        estimate="bound kept by microbatches",
     )

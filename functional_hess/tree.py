@@ -332,11 +332,14 @@ class Space:
         return self.unpack([self.unpack([self._block(matrix, p, q) for q in self.leaves]) for p in self.leaves])
 
     def _block(self, matrix: Tensor, p: int, q: int) -> Tensor:
-        part = matrix[self.offsets[p] :, self.offsets[q] :][: self.sizes[p], : self.sizes[q]]
-        part = part.unflatten(0, self.shapes[p] or (1,)).unflatten(-1, self.shapes[q] or (1,))
-        part = part if self.shapes[q] else part.squeeze(-1)
-        part = part if self.shapes[p] else part.squeeze(0)
+        part = self.shaped(matrix[self.offsets[p] :, self.offsets[q] :][: self.sizes[p], : self.sizes[q]], p, q)
         return part.to(self.devices[p], torch.promote_types(self.dtypes[p], self.dtypes[q]))
+
+    def shaped(self, block: Tensor, p: int, q: int) -> Tensor:
+        """A (size of leaf p, size of leaf q) matrix as a view of shape ``x[p].shape + x[q].shape``."""
+        block = block.unflatten(0, self.shapes[p] or (1,)).unflatten(-1, self.shapes[q] or (1,))
+        block = block if self.shapes[q] else block.squeeze(-1)
+        return block if self.shapes[p] else block.squeeze(0)
 
     def _entries(self, tree: Tree, name: str) -> list[Any]:
         try:

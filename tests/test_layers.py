@@ -32,7 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("jacobians", "chunking", "prepared", "modules"),
     ("verification",),
     ("products",),
-    ("risk", "taylor", "sparsity", "rows"),
+    ("risk", "sites", "taylor", "sparsity", "rows"),
     ("lifting", "blocks"),
     ("second_order", "sparse"),
     ("operators",),

@@ -1,0 +1,540 @@
+"""Affine sites: where a parameter enters a function of one sample only through z = W h + b, found by watching it run.
+
+:func:`find_sites` runs the function once under a ``TorchFunctionMode`` that recognizes products with an operand that *is* a leaf,
+or a view of one: linear layers, matrix products, plain einsums, convolutions, embeddings, whatever module or closure they are
+called from. Three ideas make that a proof and not a guess:
+
+* A recognized use is handed the leaf *detached*. So a leaf is used at its sites alone exactly if the graph of the loss does not
+  reach it; no list of other uses is needed.
+* Sums ``z + b`` and ``z + z'`` are one site with what they add, if nothing else reads z. Each z carries a zero *probe*, and that
+  of a z which was absorbed into a sum must not be reached either.
+* The function runs again later (:class:`Lifted`) with a perturbation eps added to every site, and hands out the features h. It
+  must meet the same sites in the same order.
+
+What this module does not do: it takes no second derivatives, and it does not see into Python composites such as
+``multi_head_attention_forward``, scripted functions, and transforms inside the function. Leaves used there are simply reached.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import string
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from functional_hess.levels import reached_variables
+from functional_hess.nesting import is_outermost
+from functional_hess.tree import tensors_of
+
+__all__ = ["Discovery", "Lifted", "Site", "SitesChanged", "find_sites"]
+
+Tensors = tuple[Tensor, ...]
+Loss = Callable[[Sequence[Tensor]], Tensor]
+IsLeaf = Callable[[Any], bool]
+Key = Any
+
+VIEWS = frozenset(
+    (
+        *("T", "mT", "t", "transpose", "permute", "swapaxes", "movedim", "view", "reshape", "flatten", "unflatten"),
+        *("unsqueeze", "squeeze", "contiguous", "clone", "chunk", "split", "unbind", "select", "narrow", "expand", "__getitem__"),
+    )
+)
+SUMS = frozenset(("add", "__add__", "__radd__"))
+PRODUCTS = frozenset(("matmul", "__matmul__", "mm", "mv", "dot"))
+CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
+POSITIONS = string.ascii_lowercase
+
+
+class SitesChanged(RuntimeError):
+    """The function met other sites than when it was watched first."""
+
+
+# ---------------------------------------------------------------------------------------------------- recognizing a product
+
+
+@dataclasses.dataclass(frozen=True)
+class _Product:
+    """z = W h + b with W a view of a leaf: how z, h and W are seen as (positions, out), (positions, in) and (out, in).
+
+    ``trailing`` dimensions of z come after those of b.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    trailing: int
+    features: Callable[[], Tensor]
+    units: Callable[[Tensor], Tensor]
+    matrix: Callable[[Tensor], Tensor]
+
+
+def _recognized(name: str, args: Sequence[Any], kwargs: dict[str, Any], is_leaf: Callable[[Any], bool]) -> _Product | None:
+    """The product that a call is, if one operand is a leaf or a view of one."""
+    if name in CONVOLUTIONS:
+        return _convolution(CONVOLUTIONS[name], _bound(("input", "weight", *_CONVOLUTION), args, kwargs), is_leaf)
+    if name == "embedding":
+        return _embedding(_bound(("input", "weight", *_EMBEDDING), args, kwargs), is_leaf)
+    if name == "__getitem__" and len(args) == 2 and is_leaf(args[0]):
+        return _embedding({"weight": args[0], "input": args[1]}, is_leaf)
+    if name == "linear":
+        given = _bound(("input", "weight", "bias"), args, kwargs)
+        if is_leaf(given["weight"]) and given["weight"].dim() == 2 and given["input"].dim():
+            lead = POSITIONS[: given["input"].dim() - 1]
+            return _einsum(given["weight"], given["input"], "OI", lead + "I", lead + "O", given.get("bias"))
+        return None
+    if kwargs:
+        return None
+    if name in ("addmm", "addmv") and len(args) == 3:
+        product = _recognized("matmul", args[1:], {}, is_leaf)
+        return product and dataclasses.replace(product, bias=args[0])
+    if name in PRODUCTS and len(args) == 2:
+        return _matmul(args[0], args[1], is_leaf)
+    if name == "einsum" and len(args) == 3 and isinstance(args[0], str) and "->" in args[0] and "." not in args[0]:
+        (left, out), (a, b) = args[0].replace(" ", "").split("->"), args[1:]
+        la, _, lb = left.partition(",")
+        if is_leaf(b):
+            return _einsum(b, a, lb, la, out)
+        return _einsum(a, b, la, lb, out) if is_leaf(a) else None
+    return None
+
+
+_CONVOLUTION = ("bias", "stride", "padding", "dilation", "groups")
+_EMBEDDING = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+
+
+def _bound(names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _matmul(a: Any, b: Any, is_leaf: Callable[[Any], bool]) -> _Product | None:
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.dim() and b.dim()):
+        return None
+    if is_leaf(b) and b.dim() <= 2:
+        lead = POSITIONS[: a.dim() - 1]
+        return _einsum(b, a, "IO"[: b.dim()], lead + "I", lead + "O"[: b.dim() - 1])
+    if is_leaf(a) and a.dim() <= 2:
+        out, lead, last = "O"[: a.dim() - 1], POSITIONS[: max(b.dim() - 2, 0)], "z"[: b.dim() - 1]
+        return _einsum(a, b, out + "I", lead + "I" + last, lead + out + last)
+    return None
+
+
+def _einsum(weight: Tensor, x: Tensor, lw: str, lx: str, out: str, bias: Any = None) -> _Product | None:
+    """The product with letters ``lw,lx->out``, if every letter of the weight is summed against x or stays."""
+    ins = [c for c in lw if c in lx]
+    outs, positions = [c for c in lw if c not in lx], [c for c in lx if c not in lw]
+    plain = len({*lw}) == len(lw) == weight.dim() and len({*lx}) == len(lx) == x.dim() and len({*out}) == len(out)
+    if not plain or {*ins} & {*out} or {*outs, *positions} != {*out}:
+        return None
+    if any(weight.shape[lw.index(c)] != x.shape[lx.index(c)] for c in ins) or (bias is not None and not isinstance(bias, Tensor)):
+        return None
+    wide = math.prod(weight.shape[lw.index(c)] for c in ins)
+    tall = math.prod(weight.shape[lw.index(c)] for c in outs)
+    return _Product(
+        weight,
+        bias,
+        0,
+        features=lambda: x.permute([lx.index(c) for c in positions + ins]).reshape(-1, wide),
+        units=lambda z: z.permute([out.index(c) for c in positions + outs]).reshape(-1, tall),
+        matrix=lambda w: w.permute([lw.index(c) for c in outs + ins]).reshape(tall, wide),
+    )
+
+
+def _embedding(given: dict[str, Any], is_leaf: Callable[[Any], bool]) -> _Product | None:
+    """Rows of a table chosen by integers: the product with one-hot features."""
+    table, ids = given["weight"], given["input"]
+    if not is_leaf(table) or table.dim() != 2 or not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
+        return None
+    if given.get("padding_idx") is not None or given.get("max_norm") is not None or given.get("scale_grad_by_freq"):
+        return None
+
+    def features() -> Tensor:
+        hot = (ids % table.shape[0])[..., None] == torch.arange(table.shape[0], device=table.device)
+        return hot.to(table.dtype).reshape(-1, table.shape[0])
+
+    return _Product(table, None, 0, features, lambda z: z.reshape(-1, table.shape[1]), lambda w: w.T)
+
+
+def _convolution(dims: int, given: dict[str, Any], is_leaf: Callable[[Any], bool]) -> _Product | None:
+    """A convolution is a product with patches, whose positions are those of its output."""
+    x, w, padding = given["input"], given["weight"], given.get("padding", 0)
+    if not is_leaf(w) or given.get("groups", 1) != 1 or not isinstance(x, Tensor) or w.dim() != dims + 2:
+        return None
+    kernel, lead = w.shape[2:], x.dim() - dims - 1
+    stride, dilation = (_each(given.get(name, 1), dims) for name in ("stride", "dilation"))
+    if padding == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        pads = [(t // 2, t - t // 2) for t in total]
+    else:
+        pads = [(p, p) for p in _each(0 if padding == "valid" else padding, dims)]
+
+    def features() -> Tensor:
+        patches = F.pad(x, [p for pair in reversed(pads) for p in pair])
+        for i in range(dims):
+            patches = patches.unfold(lead + 1 + i, dilation[i] * (kernel[i] - 1) + 1, stride[i])
+        patches = patches[(..., *(slice(None, None, d) for d in dilation))]  # (lead, channels, positions, kernel)
+        where = [*range(lead), *range(lead + 1, lead + 1 + dims), lead, *range(lead + 1 + dims, lead + 1 + 2 * dims)]
+        return patches.permute(where).reshape(-1, math.prod(w.shape[1:]))
+
+    return _Product(
+        w,
+        given.get("bias"),
+        dims,
+        features,
+        units=lambda z: z.movedim(lead, -1).reshape(-1, w.shape[0]),
+        matrix=lambda index: index.reshape(w.shape[0], -1),
+    )
+
+
+def _each(value: Any, dims: int) -> tuple[int, ...]:
+    value = (value,) if isinstance(value, int) else tuple(value)
+    return value * dims if len(value) == 1 else value
+
+
+# ---------------------------------------------------------------------------------------------------- what is found
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Coordinates of a leaf at a site: ``index[i, j]`` is the place in the leaf, flattened, of the weight from h_j to unit i."""
+
+    leaf: int
+    index: Tensor
+    is_bias: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A place for one perturbation of shape (positions, out) in z = sum over entries of W h; the features of a bias are 1.
+
+    ``order`` takes a flat z to that shape, or is ``None`` where it lies so already.
+    """
+
+    key: Key
+    units: Tensor
+    entries: tuple[Entry, ...]
+
+    @property
+    def positions(self) -> int:
+        return self.units.shape[0]
+
+    @property
+    def out(self) -> int:
+        return self.units.shape[1]
+
+    @property
+    def size(self) -> int:
+        """Directions that seed this site."""
+        return self.units.numel()
+
+    @property
+    def width(self) -> int:
+        """Features of all entries, side by side."""
+        return sum(entry.index.shape[1] for entry in self.entries)
+
+    @property
+    def leaves(self) -> frozenset[int]:
+        return frozenset(entry.leaf for entry in self.entries)
+
+    @property
+    def weights(self) -> frozenset[int]:
+        return frozenset(entry.leaf for entry in self.entries if not entry.is_bias)
+
+    def slices(self) -> Iterator[tuple[slice, Entry]]:
+        """The features of each entry."""
+        start = 0
+        for entry in self.entries:
+            yield slice(start, start + entry.index.shape[1]), entry
+            start += entry.index.shape[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Discovery:
+    """The sites of a function in the order in which it meets them, and the leaves that are used elsewhere too.
+
+    ``reads[t]`` says on which of the sites (by key) and direct leaves (by ``("leaf", k)``) the features of site t depend.
+    """
+
+    sites: tuple[Site, ...]
+    direct: tuple[int, ...]
+    tracked: frozenset[int]
+    forbidden: frozenset[Key]
+    reads: dict[Key, frozenset[Key]]
+    every: dict[Key, Site]
+    calls: int
+
+
+class _Watch(TorchFunctionMode):
+    """What discovery and lifting share: leaves are followed through views, and products and sums recognized."""
+
+    def __init__(self, leaves: Sequence[Tensor], tracked: frozenset[int], forbidden: frozenset[Key]) -> None:
+        super().__init__()
+        self.forbidden = forbidden
+        self.seen: dict[int, tuple[int, Any, Tensor]] = {id(leaves[k]): (k, self.numbered(leaves[k]), leaves[k]) for k in tracked}
+        self.at: dict[int, tuple[Key, Tensor, int]] = {}
+        self.features: dict[Key, list[Tensor]] = {}
+        self.absorbed: set[Key] = set()
+        self.calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        name = getattr(getattr(func, "__self__", None), "__name__", name) if name == "__get__" else name
+        if name in VIEWS and args and self.is_leaf(args[0]) and not tensors_of((tuple(args[1:]), kwargs))[0]:
+            return self.view(func, args, kwargs)
+        product = None if name == "embedding" and func is not F.embedding else _recognized(name, args, kwargs, self.is_leaf)
+        if product is not None and self.accepts(product) and sum(a is product.weight for a in args) == 1:
+            return self.product(product, func, args, kwargs)
+        if name in SUMS and len(args) == 2 and not kwargs and all(isinstance(a, Tensor) for a in args):
+            a, b = args if self.is_free(args[0]) else (args[1], args[0])
+            if self.is_free(a) and a is not b and torch.broadcast_shapes(a.shape, b.shape) == a.shape:
+                return self.sum(a, b, func, args)
+        return func(*args, **kwargs)
+
+    def is_leaf(self, t: Any) -> bool:
+        return isinstance(t, Tensor) and id(t) in self.seen
+
+    def is_free(self, t: Tensor) -> bool:
+        """Whether t is the output of a site as it came, which a sum may absorb."""
+        if id(t) not in self.at:
+            return False
+        key, _, version = self.at[id(t)]
+        return key not in self.absorbed and key not in self.forbidden and t._version == version
+
+    def accepts(self, product: _Product) -> bool:
+        raise NotImplementedError
+
+    def numbered(self, leaf: Tensor) -> Any:
+        raise NotImplementedError
+
+    def view(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        raise NotImplementedError
+
+    def product(self, product: _Product, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+        raise NotImplementedError
+
+    def sum(self, a: Tensor, b: Tensor, func: Any, args: Sequence[Any]) -> Tensor:
+        raise NotImplementedError
+
+    def put(self, key: Key, z: Tensor, features: list[Tensor]) -> Tensor:
+        """z is the output of the site ``key``."""
+        self.at[id(z)] = key, z, z._version
+        self.features[key] = features
+        return z
+
+    def own_bias(self, product: _Product) -> bool:
+        """Whether the bias of a product is a leaf of its own, to be seeded with it."""
+        leaf = self.seen[id(product.weight)][0]
+        return self.is_leaf(product.bias) and self.seen[id(product.bias)][0] != leaf
+
+    def sum_key(self, a: Tensor, b: Tensor) -> tuple[Key, Key | None]:
+        """The key of the sum; the key of b, if that is a site which the sum absorbs too."""
+        other = self.at[id(b)][0] if self.is_free(b) else None
+        added = other if other is not None else ("bias", self.seen[id(b)][0]) if self.is_leaf(b) else None
+        return (self.at[id(a)][0], added), other
+
+
+def _several(out: Any) -> Sequence[Any]:
+    return out if isinstance(out, (tuple, list)) else (out,)
+
+
+def _ones(features: Tensor) -> Tensor:
+    return features.new_ones(features.shape[0], 1)
+
+
+class _Discover(_Watch):
+    """One run by plain autograd, of leaves that require grad; a recognized use gets its leaf detached, and z a probe."""
+
+    def __init__(self, leaves: Sequence[Tensor], tracked: frozenset[int], forbidden: frozenset[Key]) -> None:
+        super().__init__(leaves, tracked, forbidden)
+        self.sites: dict[Key, Site] = {}
+        self.raw: dict[Key, Tensor] = {}
+        self.probes: dict[Key, Tensor] = {}
+
+    def numbered(self, leaf: Tensor) -> Tensor:
+        return torch.arange(leaf.numel(), device=leaf.device).view(leaf.shape)
+
+    def view(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        leaf, index, _ = self.seen[id(args[0])]
+        out = func(*args, **kwargs)
+        for view, shadow in zip(_several(out), _several(func(index, *args[1:], **kwargs)), strict=True):
+            self.seen[id(view)] = leaf, shadow, view  # the view is held: ids must not be used again
+        return out
+
+    def accepts(self, product: _Product) -> bool:
+        """Its features can leave (no transform of the function's own is active), and the leaf is not multiplied by itself."""
+        return is_outermost() and product.weight.dtype.is_floating_point
+
+    def product(self, product: _Product, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+        leaf, index, _ = self.seen[id(product.weight)]
+        own = self.own_bias(product)
+        cut = {id(product.weight)} | ({id(product.bias)} if own else set())
+
+        def detached(given: Any) -> Any:
+            return given.detach() if id(given) in cut else given
+
+        z = func(*map(detached, args), **{name: detached(value) for name, value in kwargs.items()})
+        h = product.features()
+        numbers = product.units(torch.arange(z.numel(), device=z.device).view(z.shape))
+        entries = [Entry(leaf, product.matrix(index), False)]
+        if own:
+            places = self.seen[id(product.bias)][1]
+            bias = product.units(places.view(*places.shape, *[1] * product.trailing).expand(z.shape))
+            if not bool((bias == bias[:1]).all()):
+                return func(*args, **kwargs)
+            entries.append(Entry(self.seen[id(product.bias)][0], bias[0][:, None], True))
+        self.calls += 1
+        return self.place(Site(self.calls, numbers, tuple(entries)), z, [h, *([_ones(h)] if own else [])])
+
+    def sum(self, a: Tensor, b: Tensor, func: Any, args: Sequence[Any]) -> Tensor:
+        key, other = self.sum_key(a, b)
+        first = self.sites[key[0]]
+        entries, added, more = first.entries, b, []
+        if other is not None:
+            second = self.sites[other]
+            if not first.units.equal(second.units):
+                return func(*args)
+            entries, added, more = entries + second.entries, self.raw[other], self.features[other]
+        elif self.is_leaf(b):
+            leaf, index, _ = self.seen[id(b)]
+            bias = index.expand(a.shape).flatten()[first.units]
+            if not bool((bias == bias[:1]).all()) or leaf in first.leaves:
+                return func(*args)
+            entries, added = (*entries, Entry(leaf, bias[0][:, None], True)), b.detach()
+            more = [_ones(self.features[key[0]][0])]
+        self.absorbed |= {key[0]} | ({other} if other is not None else set())
+        return self.place(Site(key, first.units, entries), self.raw[key[0]] + added, self.features[key[0]] + more)
+
+    def place(self, site: Site, z: Tensor, features: list[Tensor]) -> Tensor:
+        self.sites[site.key], self.raw[site.key] = site, z
+        self.probes[site.key] = torch.zeros_like(z, requires_grad=True)
+        return self.put(site.key, z + self.probes[site.key], features)
+
+
+class Lifted(_Watch):
+    """The same run with perturbations: ``features`` holds h of every site afterwards.
+
+    Args:
+        leaves: the point; tracked leaves are constants, direct ones may be perturbed themselves.
+        found: what discovery found.
+        eps: perturbations by key of a site, each of shape (positions, out), or a function that gives it from the features.
+
+    Raises:
+        SitesChanged: on leaving, if the sites met are not those found.
+    """
+
+    def __init__(self, leaves: Sequence[Tensor], found: Discovery, eps: dict[Key, Any]) -> None:
+        super().__init__(leaves, found.tracked, found.forbidden)
+        self.found, self.eps = found, eps
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        super().__exit__(kind, error, trace)
+        if kind is None and (self.calls != self.found.calls or self.features.keys() != self.found.every.keys()):
+            raise SitesChanged("the loss met other products than when it was watched")
+
+    def numbered(self, leaf: Tensor) -> None:
+        return None
+
+    def is_free(self, t: Tensor) -> bool:
+        if id(t) not in self.at:
+            return False
+        key = self.at[id(t)][0]
+        return key not in self.absorbed and key not in self.forbidden
+
+    def accepts(self, product: _Product) -> bool:
+        return self.calls + 1 in self.found.every
+
+    def view(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        leaf = self.seen[id(args[0])][0]
+        out = func(*args, **kwargs)
+        self.seen |= {id(view): (leaf, None, view) for view in _several(out)}
+        return out
+
+    def product(self, product: _Product, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+        self.calls += 1
+        h = product.features()
+        return self.place(
+            self.found.every[self.calls], func(*args, **kwargs), [h, *([_ones(h)] if self.own_bias(product) else [])]
+        )
+
+    def sum(self, a: Tensor, b: Tensor, func: Any, args: Sequence[Any]) -> Tensor:
+        key, other = self.sum_key(a, b)
+        if key not in self.found.every:
+            return func(*args)
+        self.absorbed |= {key[0]} | ({other} if other is not None else set())
+        features = self.features[key[0]]
+        more = self.features[other] if other is not None else [_ones(features[0])] if self.is_leaf(b) else []
+        return self.place(self.found.every[key], func(*args), features + more)
+
+    def place(self, site: Site, z: Tensor, features: list[Tensor]) -> Tensor:
+        if site.key in self.eps:
+            eps: Any = self.eps[site.key]
+            moved: Any = eps(torch.cat(features, 1)) if callable(eps) else eps
+            z = z + _in_shape_of(z, moved, site.units)
+        return self.put(site.key, z, features)
+
+
+def _in_shape_of(z: Tensor, eps: Tensor, units: Tensor) -> Tensor:
+    """A perturbation of shape (positions, out) as one of z, batched as z is, so that operations in place on z go on working."""
+    flat = eps.flatten()
+    places = units.flatten()
+    if not places.equal(torch.arange(places.numel(), device=places.device)):
+        flat = flat[places.argsort()]
+    return flat.view(z.shape) * torch.ones_like(z)
+
+
+# ---------------------------------------------------------------------------------------------------- finding them
+
+
+def find_sites(
+    loss: Loss,
+    leaves: Sequence[Tensor],
+    drop: Callable[[Sequence[Site], frozenset[int]], frozenset[int]] = lambda sites, direct: frozenset(),
+    known: Discovery | None = None,
+) -> Discovery | str:
+    """The sites of ``loss(leaves)``, a function of one sample, or a reason why they cannot be had.
+
+    Args:
+        loss: a function of one sample, of flat leaves; it runs by plain autograd, one time or several.
+        leaves: the point.
+        drop: chooses leaves that are better seeded directly, from the sites found and the leaves that are direct already.
+        known: a discovery of the same function, to be confirmed in one run.
+    """
+    tracked = known.tracked if known else frozenset(range(len(leaves)))
+    forbidden: frozenset[Key] = known.forbidden if known else frozenset()
+    for _ in itertools.count():
+        fresh = [leaf.detach().requires_grad_() for leaf in leaves]
+        with torch.inference_mode(False), torch.enable_grad(), _Discover(fresh, tracked, forbidden) as watch:
+            value = loss(fresh)
+        if not value.requires_grad:
+            return "the loss depends on no leaf by differentiable operations"
+        reached = reached_variables([value])
+        own = {id(t) for t in (*fresh, *watch.probes.values())}
+        if reached - own:
+            return "the loss closes over a tensor that requires grad"
+        used = frozenset(k for k, leaf in enumerate(fresh) if id(leaf) in reached)
+        read = frozenset(key for key in watch.absorbed if id(watch.probes[key]) in reached)
+        sites = [s for s in watch.sites.values() if s.key not in watch.absorbed and id(watch.probes[s.key]) in reached]
+        if read - forbidden:  # z is read elsewhere too: it needs a perturbation of its own
+            forbidden |= read
+        elif gone := (used & tracked) or drop(sites, used):
+            tracked, forbidden = tracked - gone, frozenset()
+        else:
+            return _found(watch, sites, fresh, sorted(used), tracked, forbidden)
+    raise AssertionError
+
+
+def _found(
+    watch: _Discover, sites: Sequence[Site], fresh: Sequence[Tensor], direct: Sequence[int], tracked: Any, forbidden: Any
+) -> Discovery:
+    names = {id(fresh[k]): ("leaf", k) for k in direct} | {id(watch.probes[s.key]): s.key for s in sites}
+    reads = {}
+    for site in sites:
+        reached = reached_variables(watch.features[site.key])
+        reads[site.key] = frozenset(name for t, name in names.items() if t in reached)
+    return Discovery(tuple(sites), tuple(direct), tracked, forbidden, reads, dict(watch.sites), watch.calls)
