@@ -573,6 +573,47 @@ def test_apply_is_a_snapshot_of_the_module():
     assert torch.equal(apply(params, buffers, x), expected)
 
 
+def test_attributes_are_part_of_the_snapshot():
+    net, x = made(Stateful), data(2)
+    apply, params, buffers = functionalize_module(net)
+    expected = apply(params, buffers, x)
+    net.constant.zero_()
+    net.nested["by name"][0].fill_(9.0)
+    net.log.append("later")
+    assert torch.equal(apply(params, buffers, x), expected)
+
+
+def test_a_module_that_was_compiled_in_place_runs_uncompiled():
+    """`module.compile()` leaves behind what holds on to the parameters of the module itself."""
+    net = nn.Linear(3, 2)
+    net._compiled_call_impl = lambda *_: pytest.fail("the module itself was called")
+    apply, _, buffers = functionalize_module(net)
+    assert apply({"weight": torch.ones(2, 3), "bias": torch.zeros(2)}, buffers, torch.ones(3)).tolist() == [3.0, 3.0]
+
+
+def test_a_list_that_two_submodules_share_is_one_list_in_a_call():
+    class Notes(nn.Module):
+        def __init__(self, notes):
+            super().__init__()
+            self.notes = notes
+
+        def forward(self, x):
+            self.notes.append(x)
+            return x + len(self.notes)
+
+    notes: list[Any] = []
+    apply, params, buffers = functionalize_module(nn.Sequential(Notes(notes), Notes(notes), Notes([])))
+    assert [float(apply(params, buffers, torch.zeros(()))) for _ in range(2)] == [4.0, 4.0] and notes == []
+
+
+def test_a_tensor_that_is_parameter_and_buffer_is_a_parameter():
+    net = nn.Linear(2, 1)
+    net.register_buffer("again", net.weight)
+    apply, params, buffers = functionalize_module(net)
+    assert list(params) == ["weight", "bias"] and buffers == {}
+    assert torch.equal(apply(params, buffers, torch.ones(2)), net(torch.ones(2)))
+
+
 def test_apply_keeps_no_tensor_of_a_call_and_not_the_module(inputs_unchanged):
     net, x = made(normalized), data(5, 3)
     f, params = loss_of(net, x)
