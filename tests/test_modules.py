@@ -606,6 +606,29 @@ def test_a_list_that_two_submodules_share_is_one_list_in_a_call():
     assert [float(apply(params, buffers, torch.zeros(()))) for _ in range(2)] == [4.0, 4.0] and notes == []
 
 
+def test_parameters_that_a_module_does_not_know_of_are_constants_without_a_graph():
+    class Hides(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.hidden = nn.Linear(2, 2), [nn.Linear(2, 2)]
+            self.holder = Holder(nn.Linear(2, 1))
+
+        def forward(self, x):
+            return self.holder.module(self.hidden[0](self.linear(x)))
+
+    net = Hides()
+    apply, params, buffers = functionalize_module(net)
+    out = apply(params, buffers, torch.ones(2))
+    assert list(params) == ["linear.weight", "linear.bias"] and not out.requires_grad and torch.equal(out, net(torch.ones(2)))
+
+
+def test_the_graph_of_a_traced_module_is_not_copied(monkeypatch):
+    net = traced()
+    apply, params, buffers = functionalize_module(net)
+    monkeypatch.setattr(torch.fx.Graph, "__deepcopy__", lambda *_: pytest.fail("the graph was copied"))
+    assert torch.equal(apply(params, buffers, torch.ones(3)), net(torch.ones(3)))
+
+
 def test_a_tensor_that_is_parameter_and_buffer_is_a_parameter():
     net = nn.Linear(2, 1)
     net.register_buffer("again", net.weight)
