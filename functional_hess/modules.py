@@ -281,9 +281,6 @@ def _plain_tensors(named: _Named) -> Iterator[Tensor]:
 def _copied(named: _Named, stands: Mapping[int, _Stand]) -> tuple[list[dict[str, Any]], dict[int, Tensor]]:
     """The attributes of each submodule, copied with stand-ins; and the tensors that had none, by id."""
     memo: dict[int, Any] = dict(stands)
-    for part in named.values():
-        if isinstance(part, torch.fx.GraphModule):  # the graph that its class was generated from, which runs no more
-            memo[id(part.graph)] = part.graph
     attributes = []
     for path, part in named.items():
         kept = {name: value for name, value in part.__dict__.items() if name != "_compiled_call_impl"}
@@ -328,6 +325,7 @@ _CONTAINERS = (dict, OrderedDict, list, set)
 
 
 def _is_atomic(value: Any) -> bool:
+    """Whether a copy is the thing itself; the graph that a class of torch.fx was generated from runs no more, and need not be."""
     return isinstance(value, torch.fx.Graph) or copy.deepcopy(value) is value
 
 

@@ -31,7 +31,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 import functional_hess as fh
-from functional_hess import __main__, coloring, plots, report, testing
+from functional_hess import __main__, coloring, plots, report, sparsity, testing
 from functional_hess.differences import LawError
 from functional_hess.prepared import PrepareError
 
@@ -158,6 +158,16 @@ class Twisted(Cube):
         return 0 * tangent
 
 
+class Frozen(Cube):
+    """A right first derivative that forgets to depend on x."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        return 3 * ctx.saved_tensors[0].detach() ** 2 * cotangent
+
+
 class TwoMinds(torch.autograd.Function):
     """The identity, which doubles cotangents and not tangents."""
 
@@ -271,6 +281,17 @@ def axis() -> Any:
     from matplotlib.figure import Figure
 
     return Figure().subplots()
+
+
+def checked_wrong() -> None:
+    with fh.checked():
+        fh.hvp(lambda x: Frozen.apply(x).sum(), W.double(), W.double(), mode="reverse-over-reverse")
+
+
+def unknown_pattern(patch: Patch) -> None:
+    patch.setattr("functional_hess.sparsity.LARGEST_FULL", 3)
+    x = (W.double(),)
+    sparsity.detect_jacobian("sparse_jacobian", lambda x: (x * float(x[0]),), x, ())
 
 
 def squares(w: Tensor, x: Tensor) -> Tensor:
@@ -1110,6 +1131,13 @@ ROWS: dict[str, list[Row]] = {
     ],
     "laws": [
         Row(
+            "H v",
+            LawError,
+            "hvp: H v along a random direction disagrees with central differences: at x got 0, expected 24; the "
+            "largest disagreement there is 24, more than the tolerance ....",
+            lambda _: checked_wrong(),
+        ),
+        Row(
             "order",
             ValueError,
             "check_derivatives: order must be at least 1, got 0.",
@@ -1156,6 +1184,16 @@ ROWS: dict[str, list[Row]] = {
             "check_hessian: forward-over-reverse = reverse-over-reverse fails along a random direction: at x got ..., "
             "expected ...; the largest disagreement there is ..., more than the tolerance ....",
             lambda _: testing.check_hessian(lambda x: CubeOfTwoMinds.apply(x).sum(), W.double()),
+        ),
+    ],
+    "sparsity": [
+        Row(
+            "pattern=",
+            sparsity.SparsityError,
+            "sparse_jacobian: the pattern could not be found (f asks for a value that depends on x, by "
+            "aten._local_scalar_dense.default), and 2 x 2 entries are too many to compute all. Pass pattern=: a scipy "
+            "matrix, 'tridiagonal', banded(r), blocks(sizes) or a SparsityPattern.",
+            unknown_pattern,
         ),
     ],
     "pictures": [
@@ -1310,14 +1348,31 @@ def test_message_names_the_argument_and_is_a_sentence(row):
 # The table is complete --------------------------------------------------------------------------------------------------
 
 
+SIGNALS = {"SitesChanged", "TooManyError"}  # one part of the package tells another; so do private classes
+NEVER = {"NotImplementedError", "AssertionError"}  # without a message: a method that subclasses supply, a place never reached
+
+
 def statements(sources: dict[str, str]) -> dict[tuple[str, int], range]:
-    """The lines of every statement that raises an error of its own: `raise` alone passes on another's."""
+    """The lines of every statement that raises an error of its own for a user: `raise` alone passes on another's."""
     return {
         (name, node.lineno): range(node.lineno, (node.end_lineno or node.lineno) + 1)
         for name, source in sources.items()
         for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Raise) and node.exc is not None
+        if isinstance(node, ast.Raise) and node.exc is not None and not is_signal(node.exc)
     }
+
+
+def is_signal(raised: ast.expr) -> bool:
+    name = ast.unparse(raised.func if isinstance(raised, ast.Call) else raised).split(".")[-1]
+    return (
+        name in SIGNALS or (name.startswith("_") and name[1:2].isupper()) or (name in NEVER and not isinstance(raised, ast.Call))
+    )
+
+
+def caught(sources: dict[str, str]) -> set[str]:
+    """The names of the classes that some `except` of the package names."""
+    handlers = [node for text in sources.values() for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ExceptHandler)]
+    return {inner.id for handler in handlers if handler.type for inner in ast.walk(handler.type) if isinstance(inner, ast.Name)}
 
 
 def origins(error: BaseException | None) -> Iterator[tuple[str, int]]:
@@ -1341,11 +1396,23 @@ def test_every_raise_of_the_package_has_a_row():
     assert without_a_row(sources, reached) == []
 
 
+def test_signals_are_caught_inside_and_reach_nobody():
+    sources = {path.name: path.read_text() for path in sorted(PACKAGE.glob("*.py"))}
+    trees = map(ast.parse, sources.values())
+    raised = [node.exc for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Raise) and node.exc]
+    names = {ast.unparse(e.func if isinstance(e, ast.Call) else e) for e in raised if is_signal(e)}
+    assert names - NEVER <= caught(sources)
+    assert not any(is_signal(ast.Name(type(raised_by(row)).__name__)) for row in EVERY if row.error.__name__ not in NEVER)
+
+
 def test_a_raise_without_a_row_is_noticed():
     sources = {"a.py": "def f():\n    raise ValueError(\n        'one')\n\ndef g():\n    raise KeyError('two')\n"}
     assert without_a_row(sources, {("a.py", 2)}) == ["a.py:6: raise KeyError('two')"]
     assert without_a_row(sources, {("a.py", 3), ("a.py", 6)}) == []
     assert statements({"a.py": "try:\n    f()\nexcept KeyError:\n    raise\n"}) == {}
+    assert statements({"a.py": "raise _Signal('x')\nraise TooManyError\nraise NotImplementedError\n"}) == {}
+    assert len(statements({"a.py": "raise NotImplementedError('x')\nraise no_mode_left()\nraise _made()\n"})) == 3
+    assert caught({"a.py": "try:\n    f()\nexcept (KeyError, _Signal):\n    pass\n"}) == {"KeyError", "_Signal"}
 
 
 def test_origins_are_those_of_the_package_and_of_causes():
