@@ -144,7 +144,7 @@ print(json.dumps(dict(resident=peak.resident, text=text)))
 """
     )
     assert got["resident"] < 256 * MIB  # f itself, once
-    assert "2,000,000 rows need 32,000," in got["text"] and "hessian_rows" in got["text"]
+    assert "(32,000,000.0 MB of result and " in got["text"] and "hessian_rows" in got["text"]
 
 
 @pytest.mark.slow
