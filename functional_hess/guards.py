@@ -88,9 +88,14 @@ class MissingDerivativeError(NotImplementedError):
 
 def missing_rule(error: BaseException) -> bool:
     """Whether ``error`` says that an op lacks a rule in this mode, so that another mode is worth trying."""
-    if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, RuntimeError):
+    if out_of_memory(error) or not isinstance(error, RuntimeError):
         return False
     return any(pattern.search(str(error)) for pattern in _MISSING)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: an error for the caller to see, wherever it is met and whatever else could be tried."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def no_mode_left(verb: str, tried: Sequence[tuple[str, BaseException]], *, times: str = "twice") -> MissingDerivativeError:

@@ -8,7 +8,7 @@ Unit vectors live on the leaves they touch: a pass over the coordinates of some 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,8 +29,8 @@ Tensors = tuple[Tensor, ...]
 def jacfwd(
     f: Callable[..., Any],
     argnums: int | Sequence[int] = 0,
-    *,
     has_aux: bool = False,
+    *,
     chunk_size: int | None = None,
     randomness: str = "error",
 ) -> Callable[..., Any]:
@@ -86,7 +86,7 @@ def jacfwd(
             require_movement("jacfwd", moved, bound.call, bound.x)
         output, kept = seen[-1]
         stacked = [torch.cat(column) for column in zip(*parts, strict=True)]  # (n, *out.shape) each
-        jacobian = _jacobian(output.space, bound.space, [t.movedim(0, -1) for t in stacked])
+        jacobian = _jacobian(output.space, bound.space, [t.movedim(0, -1).split(bound.space.sizes, -1) for t in stacked])
         return (jacobian, output.aux_value(kept)) if has_aux else jacobian
 
     return transformed
@@ -139,9 +139,7 @@ def jacrev(
             parts.append(tuple(t.new_zeros((0, *t.shape)) for t in bound.x))
         by_leaf = [flat(torch.cat(row)) for row in zip(*parts, strict=True)]  # (m, size of leaf) each
         by_output = zip(*(leaf.split(output.space.sizes) for leaf in by_leaf), strict=True)
-        stacked = [torch.cat(o, 1).unflatten(0, s or (1,)) for o, s in zip(by_output, output.space.shapes, strict=True)]
-        stacked = [t if s else t.squeeze(0) for t, s in zip(stacked, output.space.shapes, strict=True)]
-        jacobian = _jacobian(output.space, bound.space, stacked)
+        jacobian = _jacobian(output.space, bound.space, by_output)
         return (jacobian, output.aux_value(kept)) if has_aux else jacobian
 
     return transformed
@@ -155,11 +153,10 @@ def _chunks(verb: str, space: Space, chunk_size: int | None) -> Iterator[list[An
         yield space.pieces(range(start, min(start + step, space.dim)))
 
 
-def _jacobian(rows: Space, columns: Space, stacked: Sequence[Tensor]) -> Tree:
-    """The tree of trees of blocks from one tensor of shape ``out.shape + (n,)`` for each output leaf."""
+def _jacobian(rows: Space, columns: Space, parts: Iterable[Iterable[Tensor]]) -> Tree:
+    """The tree of trees of blocks from the entries of each, in order: output leaves, and for each the leaves of x."""
     blocks = []
-    for whole, shape in zip(stacked, rows.shapes, strict=True):
-        parts = whole.split(columns.sizes, -1)
-        like = zip(parts, columns.shapes, strict=True)
+    for row, shape in zip(parts, rows.shapes, strict=True):
+        like = zip(row, columns.shapes, strict=True)
         blocks.append(columns.unpack(plain(part.reshape(shape + inner) for part, inner in like)))
     return rows.unpack(blocks)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from functional_hess.chunking import WORKING_SET, Estimate, chunk_for, survey
-from functional_hess.guards import missing_rule
+from functional_hess.guards import missing_rule, out_of_memory
 from functional_hess.levels import flat_jvp, flat_value_and_grad, flat_vmap, repaired
 from functional_hess.nesting import is_outermost
 from functional_hess.products import FORWARD_OVER_REVERSE, REVERSE_OVER_REVERSE, product_at
@@ -119,6 +119,8 @@ def _planned(problem: Problem, risk: EmpiricalRisk, samples: Part, in_tuple: boo
     try:
         found = find_sites(loss, x, functools.partial(_dear, sizes), plans.get(key))
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        if out_of_memory(error):
+            raise
         return f"the loss could not be watched on one sample ({type(error).__name__}: {error})"
     if isinstance(found, str):
         return found

@@ -30,7 +30,13 @@ from functional_hess.chunking import (
     progress_bar,
     survey,
 )
-from functional_hess.guards import MissingDerivativeError, Replay, value_and_gradient, warn_of_low_precision
+from functional_hess.guards import (
+    MissingDerivativeError,
+    Replay,
+    out_of_memory,
+    value_and_gradient,
+    warn_of_low_precision,
+)
 from functional_hess.nesting import is_outermost
 from functional_hess.products import (
     FINITE_DIFFERENCE,
@@ -251,7 +257,9 @@ def refined(problem: Problem, groups: Sequence[Group], bound: Estimate, held: in
         return bound  # forward mode cannot be run under a counter
     try:
         first, *others = [_measured(problem, group, bound, held, spare) for group in _largest(groups)]
-    except Exception:  # f leaves torch, or another mode will have to do; the bound is all there is
+    except Exception as error:  # f leaves torch, or another mode will have to do; the bound is all there is
+        if out_of_memory(error):
+            raise
         return bound
     return first.or_else(others)
 
@@ -279,8 +287,8 @@ def _measured(problem: Problem, group: Group, bound: Estimate, held: int, spare:
         with problem.replay(), torch.no_grad():
             try:
                 known[key] = measured(run, x, len(group), fake=not trifle)
-            except Exception:
-                if trifle:
+            except Exception as error:
+                if trifle or out_of_memory(error):
                     raise
                 known[key] = measured(run, x, len(group), fake=False, at=(1, 2))
     return known[key].holding(held)

@@ -31,7 +31,9 @@ from functional_hess.guards import value_and_gradient
 from functional_hess.lifting import DIRECTIONS, Lift, lift, lifted_blocks, lifted_diagonal, repairs_of
 from functional_hess.nesting import derived_from, is_outermost
 from functional_hess.products import (
+    DOUBLE_BACKWARD,
     FORWARD_OVER_REVERSE,
+    MANY_PRODUCTS,
     REVERSE_OVER_REVERSE,
     first_mode_that_works,
     product_at,
@@ -460,7 +462,7 @@ def _dense(plan: Plan | Lift, symmetric: bool, out: Tensor | None) -> Tree:
 
 
 def _dense_of_each_output(plan: Plan) -> Tree:
-    """H of every output of f, as an outermost ``vmap`` over unit vectors u of the rows of the Hessian of <u, f>."""
+    """H of every output of f: rows of the Hessian of <u, f> for unit vectors u, all in one ``vmap`` where the mode takes one."""
     problem, space = plan.problem, plan.problem.space
     outputs = Space.of(problem.seen.value, "f(x)")
     units = outputs.one_hot(outputs.pieces(range(outputs.dim)))
@@ -471,15 +473,19 @@ def _dense_of_each_output(plan: Plan) -> Tree:
             values = outputs.pack(problem.bound.split(x, options.has_aux)[0], "f(x)")
             return torch.stack([(a * values[i]).sum() for i, a in zip(units, u, strict=True)]).sum(), None
 
-        product = product_at(contracted, problem.bound.x, mode, leaves, leaves, verb=problem.verb)
+        product = product_at(replay.each(contracted), problem.bound.x, mode, leaves, leaves, verb=problem.verb)
         return rows_of(product, mode, v, options.randomness)
 
     def attempt(mode: str) -> tuple[str, Tensors]:
         replay.rewind()
-        return mode, flat_vmap(functools.partial(rows, mode, v), randomness=options.randomness)(*units.values())
+        run = functools.partial(rows, mode, v)
+        if mode == DOUBLE_BACKWARD:
+            each = [run(*u) for u in zip(*units.values(), strict=True)]
+            return mode, tuple(torch.stack(column) for column in zip(*each, strict=True))
+        return mode, flat_vmap(run, randomness=options.randomness)(*units.values())
 
     parts: list[list[Tensor]] = []
-    chain: tuple[str, ...] = (REVERSE_OVER_REVERSE, FORWARD_OVER_REVERSE)
+    chain: tuple[str, ...] = MANY_PRODUCTS
     mode = "auto" if options.mode == "fastest" else options.mode
     with problem.replay() as replay, progress_bar(problem.verb, space.dim, options.progress) as advance:
         for pieces in chunks_of(space.pieces(range(space.dim if units else 0)), plan.chunk):
@@ -571,9 +577,9 @@ def explain(transformed: Callable[..., Any], *args: Any, **kwargs: Any) -> Expla
     if isinstance(plan, Lift):
         return _explained_lift(plan)
     problem = plan.problem
-    mode, repairs = try_one_row(plan) if problem.is_scalar and plan.groups else (problem.options.mode, ())
+    mode, repairs = try_one_row(plan if problem.is_scalar else _of_the_sum(plan)) if plan.groups else (problem.options.mode, ())
     estimate = plan.estimate
-    if mode == REVERSE_OVER_REVERSE and is_outermost():
+    if mode == REVERSE_OVER_REVERSE and problem.is_scalar and is_outermost():
         spare = max(plan.estimate.working(plan.chunk), NOT_WORTH_ASKING if problem.options.memory_limit is None else 0)
         estimate = refined(problem, plan.groups, plan.estimate, plan.held, spare)
     return Explanation(
@@ -590,6 +596,17 @@ def explain(transformed: Callable[..., Any], *args: Any, **kwargs: Any) -> Expla
         working_bytes=estimate.working(plan.chunk),
         estimate=estimate.source,
     )
+
+
+def _of_the_sum(plan: Plan) -> Plan:
+    """The plan of the sum of all outputs of f, which takes the mode and the repairs that each of them takes."""
+    problem = plan.problem
+
+    def summed(*x: Tensor) -> tuple[Tensor, None]:
+        out = problem.bound.split(x, problem.options.has_aux)[0]
+        return torch.stack([t.sum() for t in Space.of(out, "f(x)").pack(out, "f(x)")]).sum(), None
+
+    return dataclasses.replace(plan, problem=dataclasses.replace(problem, scalar=summed))
 
 
 def _explained_lift(plan: Lift) -> Explanation:

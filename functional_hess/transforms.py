@@ -163,7 +163,7 @@ def _require_scalar(verb: str, value: Any, has_aux: bool) -> None:
 
 
 def value_and_grad(
-    f: Callable[..., Any], argnums: int | Sequence[int] = 0, *, has_aux: bool = False, strict: bool = False
+    f: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False, *, strict: bool = False
 ) -> Callable[..., Any]:
     """The function x -> (f(x), gradient of f at x), for a scalar f.
 
@@ -202,7 +202,7 @@ def value_and_grad(
 
 
 def grad(
-    f: Callable[..., Any], argnums: int | Sequence[int] = 0, *, has_aux: bool = False, strict: bool = False
+    f: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False, *, strict: bool = False
 ) -> Callable[..., Any]:
     """The gradient of a scalar function: x -> df/dx, a tree like x.
 
@@ -399,8 +399,8 @@ def vmap(
     f: Callable[..., Any],
     in_dims: Any = 0,
     out_dims: Any = 0,
-    *,
     randomness: str = "error",
+    *,
     chunk_size: int | None = None,
 ) -> Callable[..., Any]:
     """f, mapped over a dimension of its arguments, in one pass.
@@ -468,6 +468,8 @@ def _in_dims(in_dims: Any, args: tuple[Any, ...], tensors: Tensors) -> tuple[int
 
 def _out_dims(out_dims: Any, out: Tree) -> list[int | None]:
     """The place of the mapped dimension for each tensor of ``out``."""
+    if isinstance(out, Tensor) and isinstance(out_dims, (tuple, list)) and len(out_dims) == 1:
+        (out_dims,) = out_dims  # as torch.func takes it
     leaves = broadcast_prefix(out, out, "f(x)")
     spread = [out_dims] * len(leaves) if isinstance(out_dims, int) else broadcast_prefix(out_dims, out, "out_dims")
     return [d for d, leaf in zip(spread, leaves, strict=True) if isinstance(leaf, Tensor)]

@@ -56,7 +56,7 @@ from functional_hess.differences import (
     tolerances_for,
     value_slopes,
 )
-from functional_hess.guards import Replay, missing_rule
+from functional_hess.guards import Replay, missing_rule, out_of_memory
 from functional_hess.levels import flat_plain_value_and_grad, flat_value_and_grad, is_outermost, repaired
 from functional_hess.transforms import Bound
 from functional_hess.tree import Piece, Space, flat, tensors_of
@@ -285,9 +285,9 @@ class _Probe:
         try:
             with self.replay, _within(()), torch.no_grad(), in_double, repaired():
                 return evaluate()
-        except (torch.OutOfMemoryError, MemoryError):
-            raise
         except Exception as error:
+            if out_of_memory(error):
+                raise
             text = str(error).partition("\n")[0]
             raise _CannotMeasure(f"f raised {type(error).__name__} near x: {text}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 import threading
@@ -11,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from kinds import KINDS
 from networks import network, numbers
-from oracles import derivative_by_differences, relative_error
+from oracles import derivative_by_differences, matrix, relative_error
 from oracles import gradient as oracle_gradient
 from oracles import hessian as oracle_hessian
-from scenarios import SCENARIOS, by_name, dense_hessian, flat_function, leaves, rebuild, tensors
+from scenarios import SCENARIOS, by_name, dense_hessian, flat_function, is_differentiated, leaves, rebuild, tensors
 from torch import Tensor, nn
 
 import functional_hess as fh
@@ -431,6 +433,133 @@ def test_torch_func_goes_inside_and_outside():
     assert relative_error(torch.func.jacfwd(fh.grad(energy))(X), H) < 1e-13
     assert relative_error(fh.jacfwd(torch.func.grad(energy))(X), H) < 1e-13
     assert relative_error(torch.func.vmap(lambda v: fh.jvp(fh.grad(energy), (X,), (v,))[1])(torch.eye(3).double()), H) < 1e-13
+
+
+def weighted(H: Tensor) -> Tensor:
+    """A function of the entries of a matrix or a vector that tells them apart."""
+    return (torch.cos(1.3 * torch.arange(H.numel(), dtype=torch.float64)).reshape(H.shape) * H**2).sum()
+
+
+def looped(x: Tensor) -> Tensor:
+    """H with a graph, by plain autograd, an entry of the gradient at a time."""
+    x = x if x.requires_grad else x.detach().requires_grad_()
+    (g,) = torch.autograd.grad(energy(x), x, create_graph=True)
+    return torch.stack([torch.autograd.grad(entry, x, create_graph=True)[0] for entry in g])
+
+
+# quantity: (how it is computed here, what it is as a function of H)
+QUANTITIES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "hessian": (lambda x: fh.hessian(energy)(x), lambda H: H),
+    "asymmetric hessian": (lambda x: fh.hessian(energy, symmetric=False, chunk_size=2)(x), lambda H: H),
+    "torch's hessian": (lambda x: torch.func.hessian(energy)(x), lambda H: H),
+    "hessian of a tree": (lambda x: fh.hessian(lambda z: energy(z["a"]))({"a": x})["a"]["a"], lambda H: H),
+    "hessian of a vector": (lambda x: fh.hessian(lambda z: energy(z)[None])(x)[0], lambda H: H),
+    "value_grad_and_hessian": (lambda x: fh.value_grad_and_hessian(energy)(x)[2], lambda H: H),
+    "hessian_rows": (lambda x: torch.cat([part for _, part in fh.hessian_rows(energy, chunk_size=2)(x)]), lambda H: H),
+    "hessian_blocks": (lambda x: fh.hessian_blocks(energy)(x), lambda H: H),
+    "hessian_diagonal": (lambda x: fh.hessian_diagonal(energy)(x), lambda H: H.diagonal()),
+    "hvp": (lambda x: fh.hvp(energy, x, V), lambda H: H @ V),
+    "grad_and_hvp": (lambda x: fh.grad_and_hvp(energy, x, V)[1], lambda H: H @ V),
+    "jvp of grad": (lambda x: fh.jvp(fh.grad(energy), (x,), (V,))[1], lambda H: H @ V),
+    "a kept pullback": (lambda x: fh.vjp(fh.grad(energy), x)[1](V)[0], lambda H: H @ V),
+    "a kept pushforward": (lambda x: fh.linearize(fh.grad(energy), x)[1](V), lambda H: H @ V),
+}
+
+HALVES = torch.tensor([0.5, 1.0], dtype=torch.float64)
+# transform: (from a module and a function, from the oracle's value, gradient and Hessian at a point)
+AROUND: dict[str, tuple[Callable[[Any, Any], Tensor], Callable[..., Tensor]]] = {
+    "grad": (lambda m, f: m.grad(f)(X), lambda at: at(X)[1]),
+    "jacrev": (lambda m, f: m.jacrev(f)(X), lambda at: at(X)[1]),
+    "jacfwd": (lambda m, f: m.jacfwd(f)(X), lambda at: at(X)[1]),
+    "jvp": (lambda m, f: m.jvp(f, (X,), (U,))[1], lambda at: at(X)[1] @ U),
+    "vjp": (lambda m, f: m.vjp(f, X)[1](torch.ones_like(X[0]))[0], lambda at: at(X)[1]),
+    "vmap": (lambda m, f: m.vmap(f)(BATCH), lambda at: torch.stack([at(x)[0] for x in BATCH])),
+    "vmap of grad": (lambda m, f: m.vmap(m.grad(f))(BATCH), lambda at: torch.stack([at(x)[1] for x in BATCH])),
+    "grad of vmap": (
+        lambda m, f: m.grad(lambda x: m.vmap(lambda s: f(s * x))(HALVES).sum())(X),
+        lambda at: sum(s * at(s * X)[1] for s in HALVES),
+    ),
+    "jvp of vmap": (
+        lambda m, f: m.jvp(lambda x: m.vmap(lambda s: f(s * x))(HALVES).sum(), (X,), (U,))[1],
+        lambda at: sum(s * at(s * X)[1] @ U for s in HALVES),
+    ),
+    "hessian": (lambda m, f: m.hessian(f)(X), lambda at: at(X)[2]),
+    "jvp of grad": (lambda m, f: m.jvp(m.grad(f), (X,), (U,))[1], lambda at: at(X)[2] @ U),
+    "grad of their jvp": (lambda m, f: m.grad(lambda x: torch.func.jvp(f, (x,), (U,))[1])(X), lambda at: at(X)[2] @ U),
+    "grad of our jvp": (lambda m, f: m.grad(lambda x: fh.jvp(f, (x,), (U,))[1])(X), lambda at: at(X)[2] @ U),
+}
+
+
+@functools.cache
+def derivatives_of(quantity: str, x: tuple[float, ...]) -> tuple[Tensor, ...]:
+    """Value, gradient and Hessian of the weighted squares of a quantity: derivatives of ``energy`` up to the fourth."""
+    point, part = torch.tensor(x, dtype=torch.float64), QUANTITIES[quantity][1]
+    of = lambda x: weighted(part(looped(x)))  # noqa: E731
+    return of(point).detach(), oracle_gradient(of, [point])[0], true_hessian(of, point)
+
+
+@pytest.mark.parametrize("quantity", QUANTITIES)
+@pytest.mark.parametrize("module", [fh, torch.func], ids=["ours outside", "torch's outside"])
+def test_every_transform_goes_around_every_second_derivative(module, quantity):
+    """So all of third order, and the last four of fourth, ours inside torch's and torch's inside ours."""
+    for name, (transform, expected) in AROUND.items():
+        got = transform(module, lambda x: weighted(QUANTITIES[quantity][0](x)))
+        truth = expected(lambda x: derivatives_of(quantity, tuple(x.tolist())))
+        assert relative_error(got, truth) < 1e-11, name
+
+
+# Trees ----------------------------------------------------------------------------------------------------------------
+
+low = pytest.mark.filterwarnings("ignore::functional_hess.LowPrecisionWarning")  # a kind holds bfloat16
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def of_coordinates(*points: Tensor) -> Tensor:
+    """A function of the leaves that couples all of them, with no two alike."""
+    sums = [(k + 1) * (t.double() ** 3).sum() / 4 for k, t in enumerate(points)]
+    return torch.stack([*sums, torch.stack(sums).sum() ** 2]).sum()
+
+
+def of_a_tree(x: Any) -> Tensor:
+    return of_coordinates(*fh.Space.of(x).pack(x))
+
+
+@low
+@every_kind
+def test_every_kind_of_tree_goes_through_every_transform_and_comes_out(kind):
+    x = KINDS[kind][0]
+    space = fh.Space.of(x)
+    points = [t.detach().double() for t in space.pack(x)]
+    v = space.unpack([torch.cos(torch.arange(float(t.numel()))).reshape(t.shape).to(t.dtype) for t in space.pack(x)])
+    g = torch.cat([t.reshape(-1) for t in oracle_gradient(of_coordinates, points)])
+    H = matrix(oracle_hessian(of_coordinates, points), points)
+    along, tolerance = space.ravel(v).double(), max(4 * torch.finfo(dtype).eps for dtype in space.dtypes)
+    one = torch.ones((), dtype=torch.float64)
+
+    def is_like_x(tree: Any, expected: Tensor) -> None:
+        """In the structure of x, `None` at carried leaves, every leaf in the dtype of its own, the numbers right."""
+        assert [t.dtype for t in space.pack(tree)] == list(space.dtypes)
+        assert list(map(is_differentiated, fh.tree._flatten(tree)[0])) == list(map(is_differentiated, fh.tree._flatten(x)[0]))
+        assert relative_error(space.ravel(tree), expected) < tolerance
+
+    is_like_x(fh.grad(of_a_tree)(x), g)
+    is_like_x(fh.value_and_grad(of_a_tree)(x)[1], g)
+    is_like_x(fh.vjp(of_a_tree, x)[1](one)[0], g)
+    is_like_x(fh.jacrev(of_a_tree)(x), g)
+    columns = torch.cat([t.reshape(-1) for t in space._entries(fh.jacfwd(of_a_tree)(x), "J")])  # in the dtype of the output
+    assert relative_error(columns, g) < tolerance
+    assert relative_error(fh.jvp(of_a_tree, (x,), (v,))[1], g @ along) < tolerance
+    assert relative_error(fh.linearize(of_a_tree, x)[1](v), g @ along) < tolerance
+    is_like_x(fh.hvp(of_a_tree, x, v), H @ along)
+    is_like_x(fh.grad_and_hvp(of_a_tree, x, v)[1], H @ along)
+    is_like_x(fh.hessian_diagonal(of_a_tree)(x), H.diagonal())
+    assert relative_error(space.matrix(fh.hessian(of_a_tree)(x)), H) < tolerance
+    assert relative_error(torch.cat([rows for _, rows in fh.hessian_rows(of_a_tree)(x)]), H) < tolerance
+    blocks, whole = fh.hessian_blocks(of_a_tree)(x), fh.hessian(of_a_tree)(x)
+    for leaf, (block, row) in enumerate(zip(space._entries(blocks, "blocks"), space._entries(whole, "H"), strict=True)):
+        assert relative_error(block, space._entries(row, "H")[leaf]) < tolerance
+    batched = fh.vmap(lambda s: space.matrix(fh.hessian(lambda x: s * of_a_tree(x))(x)))(torch.stack([one, 2 * one]))
+    assert relative_error(batched, torch.stack([H, 2 * H])) < tolerance
 
 
 # Threads --------------------------------------------------------------------------------------------------------------

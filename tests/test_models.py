@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from functional_hess import Space, grad, hessian, hessian_blocks, hessian_diagonal, hessian_rows, hvp, jvp
+from functional_hess import vmap as fh_vmap
 from functional_hess.products import MODES
 
 FORWARD, REVERSE, DOUBLE, _ = MODES
@@ -126,6 +127,24 @@ def test_norms_are_right_where_f_itself_maps_over_gradients(name):
     assert relative_error(hvp(squared_gradient, of.x, of.tree(v)), of.tree(truth)) < 1e-7
 
 
+@every_norm
+@pytest.mark.parametrize("vmap", [fh_vmap, torch.func.vmap], ids=["ours", "torch's"])
+def test_norms_are_right_in_a_batch_of_points(name, vmap):
+    of, factors = NORMS[name](), (1.0, 1.1)
+    batch = {key: torch.stack([factor * t for factor in factors]) for key, t in of.x.items()}
+    far = hessian_by_differences(of.of_vector, [factors[1] * of.vector], 5e-4)[0][0]
+    H, v = torch.stack([true_hessian(name), far]), numbers(len(far), seed=2)
+    space = Space.of(of.x)
+    for mode in ("auto", FORWARD, REVERSE):
+        product = vmap(lambda x, mode=mode: space.ravel(hvp(of.f, x, of.tree(v), mode=mode)))(batch)
+        assert relative_error(product, H @ v) < 1e-8
+        assert relative_error(vmap(lambda x, mode=mode: space.matrix(hessian(of.f, mode=mode)(x)))(batch), H) < 1e-8
+        diagonal = vmap(lambda x, mode=mode: space.ravel(hessian_diagonal(of.f, mode=mode)(x)))(batch)
+        assert relative_error(diagonal, H.diagonal(dim1=1, dim2=2)) < 1e-8
+        rows = vmap(lambda x, mode=mode: torch.cat([t for _, t in hessian_rows(of.f, mode=mode, chunk_size=5)(x)]))(batch)
+        assert relative_error(rows, H) < 1e-8
+
+
 # Norms: third order ---------------------------------------------------------------------------------------------------
 
 
@@ -172,6 +191,20 @@ def test_the_gradient_of_the_trace_of_the_hessian_is_right_through_norms(name, t
     watched = {key: t.clone().requires_grad_() for key, t in of.x.items()}
     trace(of.f, watched).backward()
     assert relative_error(slopes(of, {key: t.grad for key, t in watched.items()}), truth) < 1e-6
+
+
+@every_norm
+@pytest.mark.parametrize("trace", [trace_of_blocks, sum_of_diagonal])
+@pytest.mark.parametrize("vmap", [fh_vmap, torch.func.vmap], ids=["ours", "torch's"])
+def test_that_gradient_is_right_in_a_batch_of_points(name, trace, vmap):
+    """The batch inside the gradient and outside of it, ours and torch's."""
+    of, truth = NORMS[name](), true_slopes_of_the_trace(name)
+    batch = {key: torch.stack([0.9 * t, t]) for key, t in of.x.items()}
+    for derivative in (grad, torch.func.grad):
+        outside = vmap(derivative(lambda x: trace(of.f, x)))(batch)
+        inside = derivative(lambda batch: vmap(lambda x: trace(of.f, x))(batch).sum())(batch)
+        for found in (outside, inside):
+            assert relative_error(slopes(of, {key: t[1] for key, t in found.items()}), truth) < 1e-6
 
 
 def test_the_third_order_oracle_stands_on_a_second_that_differences_confirm():

@@ -27,6 +27,7 @@ from scenarios import (
 from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from functional_hess import (
     DependenceError,
@@ -65,6 +66,19 @@ def assembled(stream: Sequence[tuple[Sequence[int], Tensor]], n: int) -> tuple[l
 
 def cube(x: Tensor) -> Tensor:
     return (x**3).sum()
+
+
+class OldStyle(torch.autograd.Function):
+    """x^3 without setup_context: only plain autograd can enter it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        return cotangent * 3 * ctx.saved_tensors[0] ** 2
 
 
 # The table ------------------------------------------------------------------------------------------------------------
@@ -149,6 +163,25 @@ def test_a_vector_valued_function_has_a_hessian_for_each_output(scenario, mode, 
     for chunk_size in CHUNKS:
         H = hessian(scenario.f, mode=mode, chunk_size=chunk_size, symmetric=symmetric)(scenario.x, *scenario.args)
         assert relative_error(H, scenario.hessian) < 1e-13
+
+
+@every_vector_scenario
+@pytest.mark.parametrize(("mode", "tolerance"), [(DOUBLE, 1e-13), (DIFFERENCE, 1e-8)])
+def test_a_vector_valued_function_has_them_in_the_modes_that_no_batch_can_enter(scenario, mode, tolerance):
+    for chunk_size in (2, "auto"):
+        H = hessian(scenario.f, mode=mode, chunk_size=chunk_size)(scenario.x, *scenario.args)
+        assert relative_error(H, scenario.hessian) < tolerance
+
+
+def test_a_vector_valued_function_falls_back_as_a_scalar_one_does(caplog):
+    x = numbers(3)
+    expected = torch.zeros(3, 3, 3, dtype=torch.float64)
+    expected[range(3), range(3), range(3)] = 6 * x
+    for f in (OldStyle.apply, lambda x: checkpoint(lambda x: x**3, x, use_reentrant=False)):
+        assert relative_error(hessian(lambda x, f=f: f(x), chunk_size=2)(x), expected) < 1e-14
+        assert explain(hessian(lambda x, f=f: f(x)), x).mode == DOUBLE
+    told = explain(hessian(lambda x: F.layer_norm(x, (3,), x)), x)
+    assert told.mode == REVERSE and told.repairs == ("layer_norm",)
 
 
 @every_scenario
@@ -659,16 +692,6 @@ def test_progress_without_tqdm_names_the_extra(verb, monkeypatch):
 
 
 def test_fastest_keeps_a_mode_that_has_the_rules(caplog):
-    class OldStyle(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            ctx.save_for_backward(x)
-            return x**3
-
-        @staticmethod
-        def backward(ctx: Any, cotangent: Tensor) -> Tensor:
-            return cotangent * 3 * ctx.saved_tensors[0] ** 2
-
     with caplog.at_level(logging.DEBUG, logger="functional_hess"):
         H = hessian(lambda x: OldStyle.apply(x).sum(), mode="fastest", chunk_size=2)(numbers(9))
     assert relative_error(H, torch.diag(6 * numbers(9))) < 1e-14
@@ -698,11 +721,15 @@ def test_a_graph_of_some_blocks_alone_is_kept_where_f_closes_over_what_requires_
 
 
 class Counted:
-    def __init__(self, f: Callable[..., Tensor]) -> None:
-        self.f, self.calls = f, 0
+    """A function that counts its evaluations, of which the last may raise an error."""
+
+    def __init__(self, f: Callable[..., Tensor], last: int = 0, error: Exception | None = None) -> None:
+        self.f, self.calls, self.last, self.error = f, 0, last, error
 
     def __call__(self, *args: Any) -> Tensor:
         self.calls += 1
+        if self.error is not None and self.calls == self.last:
+            raise self.error
         return self.f(*args)
 
 
@@ -790,6 +817,38 @@ def test_a_pair_of_leaves_is_computed_once():
     assert counts[True] < counts[False]
 
 
+OUT_OF_MEMORY = {
+    "of the accelerator": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+    "of the processor": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+    "of Python": MemoryError(),
+}
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY.values(), ids=OUT_OF_MEMORY)
+def test_memory_that_runs_out_in_any_evaluation_is_said_to_have_run_out(error):
+    """In those that only measure what rows will need, too: here the bound does not fit, and fake tensors are no help."""
+    x = numbers(20)
+
+    def wide(x: Tensor) -> Tensor:
+        float(x.detach().sum())  # which no fake tensor has
+        return torch.tanh(x[:, None] * torch.linspace(0, 1, 4000, dtype=x.dtype)).sum() ** 2
+
+    calls: dict[str, Callable[[Callable[..., Tensor]], Any]] = {
+        **{verb.__name__: lambda f, verb=verb: run(verb, f, x, memory_limit="12MB") for verb in VERBS},
+        "explain": lambda f: explain(hessian(f, memory_limit="12MB"), x),
+        "fastest": lambda f: hessian(f, mode="fastest", chunk_size=5)(x),
+    }
+    for name, call in calls.items():
+        counted = Counted(wide)
+        call(counted)
+        assert counted.calls >= (4 if name != "fastest" else 3), name
+
+        for last in range(1, counted.calls + 1):
+            with pytest.raises(type(error)) as caught:
+                call(Counted(wide, last, error))
+            assert caught.value is error, (name, last)
+
+
 # Explain --------------------------------------------------------------------------------------------------------------
 
 
@@ -869,7 +928,9 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = {
 @pytest.mark.parametrize("name", CALLS)
 def test_hessian_stands_in_the_place_of_the_one_of_torch_func(name):
     f, args, options = CALLS[name]
-    assert shapes(hessian(f, **options)(*args)) == shapes(torch.func.hessian(f, **options)(*args))
+    ours, theirs = hessian(f, **options)(*args), torch.func.hessian(f, **options)(*args)
+    assert shapes(ours) == shapes(theirs)
+    assert relative_error(ours, theirs) < (1e-6 if name == "float32" else 1e-13)
 
 
 def test_hessian_takes_argnums_where_torch_func_takes_it():
