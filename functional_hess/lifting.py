@@ -1,4 +1,4 @@
-"""Exact second derivatives of an empirical risk from its pre-activations: directions are units, not parameters.
+"""Exact second derivatives from pre-activations: directions are units, not parameters.
 
 Where parameters enter the loss of a sample only through affine sites z_s = W_s h_s (a bias is a column of W_s with feature 1),
 perturb z_s by eps_s. With the loss L(eps) of sample n, g_t = dL/deps_t, A_st = d2L/deps_s deps_t and D_ts = dh_t/deps_s,
@@ -10,6 +10,9 @@ exactly, with a sum over positions where a site has several. Samples do not read
 directions: as many as there are units, however many parameters there are. What remains is matrix products. A leaf that is used
 in other ways too is perturbed itself, as if h = 1; each leaf is seeded in the cheaper way. Bishop (1992) has the feed-forward
 case; :mod:`functional_hess.sites` finds the sites of any function.
+
+The samples are those of an empirical risk, or the parts of a batch that a plain function of the whole batch is proved not to mix
+(:mod:`functional_hess.independence`); such a function is taken as a risk of one sample, whose positions share seeds in N parts.
 
 A plan is believed after a certificate: the first time, its product with a random vector is compared with H v and with H^T v by
 automatic differentiation of the risk itself. Where lifting cannot be done, or does not pay, :func:`lift` says why.
@@ -27,8 +30,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functional_hess.chunking import WORKING_SET, Estimate, chunk_for, survey
+from functional_hess.chunking import MIB, WORKING_SET, Estimate, chunk_for, survey
 from functional_hess.guards import missing_rule, out_of_memory
+from functional_hess.independence import common_positions, independent_parts
 from functional_hess.levels import flat_jvp, flat_value_and_grad, flat_vmap, repaired
 from functional_hess.nesting import is_outermost
 from functional_hess.products import FORWARD_OVER_REVERSE, REVERSE_OVER_REVERSE, product_at
@@ -42,6 +46,10 @@ __all__ = ["DIRECTIONS", "Lift", "lift", "lifted_blocks", "lifted_diagonal", "li
 Tensors = tuple[Tensor, ...]
 DIRECTIONS = 64  # at once
 WORTH = 0.7  # directions, as a part of the rows they serve for, beyond which rows are as good
+WORTH_A_PROOF = (
+    256 * MIB
+)  # bytes that rows would write, about a tenth of a second, before a plain function is asked for its parts
+PROOF = 12  # bytes that a proof takes at its peak for one of the intermediate results of f
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
 _plans: weakref.WeakKeyDictionary[Any, dict[Any, Discovery]] = weakref.WeakKeyDictionary()
 _certified: weakref.WeakKeyDictionary[Any, dict[Any, str]] = weakref.WeakKeyDictionary()
@@ -49,13 +57,17 @@ _certified: weakref.WeakKeyDictionary[Any, dict[Any, str]] = weakref.WeakKeyDict
 
 @dataclasses.dataclass(frozen=True)
 class Lift:
-    """Where every leaf of a risk at a point is seeded. ``groups``: direct leaves, then sites, each after what it reads."""
+    """Where every leaf of a risk at a point is seeded. ``groups``: direct leaves, then sites, each after what it reads.
+
+    The positions of a site fall into ``parts`` that do not read each other; the site in ``groups`` has those of one part.
+    """
 
     problem: Problem
     risk: EmpiricalRisk
     at: Callable[[Sequence[Tensor]], Any]
     samples: Part
     found: Discovery
+    parts: int
     groups: tuple[Site, ...]
     saved: int
     output: int
@@ -67,6 +79,20 @@ class Lift:
     @property
     def directions(self) -> int:
         return sum(group.size for group in self.groups)
+
+    def copies(self, group: Site) -> int:
+        """How many parts share the seeds of a group: a direct leaf is one for all."""
+        return 1 if group.key not in self.found.reads else self.parts
+
+    def zeros(self, group: Site) -> Tensor:
+        """No perturbation, at all positions of all parts."""
+        return self.x[0].new_zeros(self.copies(group) * group.positions, group.out)
+
+    @property
+    def at_once(self) -> int:
+        """How many directions of one sample fit the working set."""
+        kept = sum(self.copies(g) * (g.size + g.positions * g.width) for g in self.groups) * self.x[0].element_size()
+        return max(1, min(DIRECTIONS, int(WORKING_SET / (3 * self.saved + kept + 1))))
 
     @property
     def scale(self) -> float:
@@ -85,66 +111,125 @@ def lift(problem: Problem, args: Sequence[Any], argnums: Any, output: int, *, di
     Raises:
         MemoryLimitError: the result does not fit.
     """
-    risk, options = problem.f, problem.options
-    if not isinstance(risk, EmpiricalRisk):
-        return ""
+    why_not = _refusal(problem, args)
+    if not isinstance(problem.f, EmpiricalRisk):
+        rows = problem.space.dim * (problem.seen.saved + problem.seen.held / 32)  # products with data cost less for a byte
+        return "" if why_not or rows < WORTH_A_PROOF or not problem.is_scalar else _of_plain(problem, args, output, diagonal)
     if argnums not in (0, (0,)):
         return "other arguments than the parameters are differentiated"
+    return why_not or _of_risk(problem, samples_of(tuple(args[1:])), isinstance(argnums, tuple), output, diagonal)
+
+
+def _refusal(problem: Problem, args: Sequence[Any]) -> str:
+    """Why rows must be computed, whatever the function."""
+    options, x = problem.options, problem.bound.x
     if options != dataclasses.replace(Options(), strict=options.strict, progress=options.progress):
         return "an option says how rows are computed"
     if not is_outermost():
         return "a transform is outside"
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors_of(tuple(args))[0]):
         return "an argument requires grad"
-    x = problem.bound.x
     if len({(t.dtype, t.device) for t in x}) != 1 or x[0].dtype not in TOLERANCE:
         return "the leaves differ in dtype or device, or are of low precision"
-    if not tensors_of(tuple(args[1:]))[0]:
+    if isinstance(problem.f, EmpiricalRisk) and not tensors_of(tuple(args[1:]))[0]:
         return "the samples come from a loader"
-    return _planned(problem, risk, samples_of(tuple(args[1:])), isinstance(argnums, tuple), output, diagonal)
+    return ""
 
 
-def _planned(problem: Problem, risk: EmpiricalRisk, samples: Part, in_tuple: bool, output: int, diagonal: bool) -> Lift | str:
-    x, sizes = problem.bound.x, problem.space.sizes
+def _of_plain(problem: Problem, args: Sequence[Any], output: int, diagonal: bool) -> Lift | str:
+    """A function of a whole batch is a risk of one sample; its positions are asked whether they read each other."""
+    if PROOF * problem.seen.saved > 1.1 * output + WORKING_SET:  # before the output is allocated
+        return "a proof that its samples are independent would take more memory than its rows do"
+    scalar = problem.scalar
+    risk = EmpiricalRisk(lambda leaves, _: scalar(*leaves)[0], "sum", None)
+    sample = samples_of((problem.bound.x[0].new_zeros(1),))
+    kind = tuple((t.shape, t.dtype) for t in tensors_of(tuple(args))[0])
+    return _planned(problem, risk, sample, tuple, output, independent_parts, (diagonal, kind))
 
+
+def _of_risk(problem: Problem, samples: Part, in_tuple: bool, output: int, diagonal: bool) -> Lift | str:
     def at(leaves: Sequence[Tensor]) -> Any:
         tree = problem.space.at(leaves)
         return tree[0] if in_tuple else tree
 
+    kind = (diagonal, samples.kind, *((t.shape, t.dtype) for t in problem.bound.x))
+    return _planned(problem, problem.f, samples, at, output, lambda *_: 1, kind)  # type: ignore[arg-type]
+
+
+Asked = Callable[[Callable[[Sequence[Tensor]], Tensor], Tensors, Discovery], int]
+
+
+def _planned(
+    problem: Problem,
+    risk: EmpiricalRisk,
+    samples: Part,
+    at: Callable[[Sequence[Tensor]], Any],
+    output: int,
+    parts_of: Asked,
+    kind: Any,
+) -> Lift | str:
+    x = problem.bound.x
+
     def loss(leaves: Sequence[Tensor]) -> Tensor:
         return risk.sample_loss(at(leaves), *samples.rebuild([t[0] for t in samples.tensors]))
 
-    key = (diagonal, samples.kind, *((t.shape, t.dtype) for t in x))
-    plans = _plans.setdefault(risk, {})
+    plans = _of_function(_plans, problem.f)
     try:
-        found = find_sites(loss, x, functools.partial(_dear, sizes), plans.get(key))
+        found, parts = _in_parts(loss, x, problem.space.sizes, parts_of, plans.get(kind))
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         if out_of_memory(error):
             raise
         return f"the loss could not be watched on one sample ({type(error).__name__}: {error})"
     if isinstance(found, str):
         return found
-    plans[key] = found
+    plans[kind] = found
     saved = survey(lambda *leaves: (loss(leaves), None), x).saved
-    plan = Lift(problem, risk, at, samples, found, _groups(found, x), saved, output)
+    plan = Lift(problem, risk, at, samples, found, parts, _groups(found, x, parts), saved, output)
     if not found.sites:
         return "no leaf enters through affine sites alone"
     if plan.directions > WORTH * problem.space.dim:
         return f"{plan.directions:,} directions for {problem.space.dim:,} rows do not pay"
-    reason = _certify(plan, (key, found.tracked, found.forbidden))
+    reason = _certify(plan, (kind, found.tracked, found.forbidden, parts))
     if reason:
         return reason
     _require_memory(plan)
     return plan
 
 
-def _groups(found: Discovery, x: Tensors) -> tuple[Site, ...]:
-    """The direct leaves, small ones first, and the sites in their order."""
+def _in_parts(
+    loss: Callable[[Sequence[Tensor]], Tensor], x: Tensors, sizes: Sequence[int], parts_of: Asked, known: Discovery | None
+) -> tuple[Discovery | str, int]:
+    """The sites, and the parts that their positions fall into: which leaves are worth a site depends on those."""
+    parts = 0
+    while True:
+        found = find_sites(loss, x, functools.partial(_dear, sizes, parts), known)
+        if isinstance(found, str) or not found.sites:
+            return found, 1
+        hoped = parts or common_positions(found.sites)
+        if sum(group.size for group in _groups(found, x, hoped)) > WORTH * sum(sizes):
+            return found, hoped  # not worth asking
+        parts = parts_of(loss, x, found)
+        if parts >= hoped:
+            return found, parts
+        known = None
+
+
+def _of_function(kept: weakref.WeakKeyDictionary[Any, dict[Any, Any]], f: Any) -> dict[Any, Any]:
+    """What is kept of f; nothing of a callable without weak references or hash."""
+    try:
+        return kept.setdefault(f, {})
+    except TypeError:
+        return {}
+
+
+def _groups(found: Discovery, x: Tensors, parts: int) -> tuple[Site, ...]:
+    """The direct leaves, small ones first, and the sites in their order, with the positions of one part."""
     direct = []
     for k in found.direct:
         places = torch.arange(x[k].numel(), device=x[k].device)
         direct.append(Site(("leaf", k), places[None], (Entry(k, places[:, None], True),)))
-    return (*sorted(direct, key=lambda group: group.size), *found.sites)
+    sites = (dataclasses.replace(site, units=site.units[: site.positions // parts]) for site in found.sites)
+    return (*sorted(direct, key=lambda group: group.size), *sites)
 
 
 def _require_memory(plan: Lift) -> None:
@@ -153,22 +238,26 @@ def _require_memory(plan: Lift) -> None:
         rows=plan.directions,
         output=plan.output,
         mean_result=1.0,
-        bound=Estimate(0.0, WORKING_SET / DIRECTIONS, "lifted"),
+        bound=Estimate(0.0, WORKING_SET / plan.at_once, "lifted"),
         refine=None,
         device=plan.x[0].device,
         memory_limit=None,
-        chunk_size=min(DIRECTIONS, plan.directions),
+        chunk_size=min(plan.at_once, plan.directions),
     )
 
 
-def _dear(sizes: Sequence[int], sites: Sequence[Site], direct: frozenset[int]) -> frozenset[int]:
-    """Leaves that cost less seeded directly: one leaf, or all weights that share a site with it (one find at a time)."""
+def _dear(sizes: Sequence[int], parts: int, sites: Sequence[Site], direct: frozenset[int]) -> frozenset[int]:
+    """Leaves that cost less seeded directly: one leaf, or all weights that share a site with it (one find at a time).
+
+    ``parts`` share the seeds of a site; 0 hopes for as many as there can be.
+    """
+    parts = parts or common_positions(sites)
     for k in sorted(frozenset().union(*(site.weights for site in sites))):
         together = frozenset().union(*(site.weights for site in sites if k in site.weights))
         for drop in (frozenset({k}), together):
             gone = [site for site in sites if site.weights <= drop]
             leaves = drop.union(*(site.leaves for site in gone))
-            if sum(site.size for site in gone) > sum(sizes[leaf] for leaf in leaves):
+            if sum(site.size for site in gone) > parts * sum(sizes[leaf] for leaf in leaves):
                 return drop
     return frozenset()
 
@@ -193,6 +282,13 @@ class Pair:
     g: Tensor
     D: Tensor | None
 
+    def split(self, count: int) -> Iterator[Pair]:
+        """The same for ``count`` samples at a time."""
+        slopes = itertools.repeat(None) if self.D is None else self.D.split(count, 2)
+        parts = (self.hs.split(count), self.A.split(count, 2), self.ht.split(count), self.g.split(count), slopes)
+        for hs, A, ht, g, D in zip(*parts, strict=False):
+            yield dataclasses.replace(self, hs=hs, A=A, ht=ht, g=g, D=D)
+
 
 def _perturbed(plan: Lift, eps: dict[Any, Any], sample: Sequence[Tensor]) -> tuple[Tensor, dict[Any, Tensor]]:
     """The loss of one sample with perturbations by group (tensors, or functions of the features), and all features."""
@@ -212,19 +308,19 @@ def _sweep(plan: Lift, samples: Part, wanted: Callable[[Site, Site], bool]) -> I
     groups, start = plan.groups, 0
     while start < len(groups):
         stop, count = start + 1, groups[start].size
-        while stop < len(groups) and count + groups[stop].size <= DIRECTIONS:
+        while stop < len(groups) and count + groups[stop].size <= plan.at_once:
             count, stop = count + groups[stop].size, stop + 1
         now = range(start, stop)
         targets = [t for t in range(start, len(groups)) if t < stop or any(wanted(groups[s], groups[t]) for s in now)]
-        step = _step(groups[start]) if stop == start + 1 else count
+        step = _step(groups[start], plan.at_once) if stop == start + 1 else count
         for first in range(0, count, step):
             yield from _seeded(plan, samples, now, targets, range(first, min(first + step, count)), count, wanted)
         start = stop
 
 
-def _step(site: Site) -> int:
+def _step(site: Site, at_once: int) -> int:
     """Seeds of a large site at a time: units where it has one position, else whole positions."""
-    return DIRECTIONS if site.positions == 1 else max(1, DIRECTIONS // site.out) * site.out
+    return at_once if site.positions == 1 else max(1, at_once // site.out) * site.out
 
 
 def _seeded(
@@ -239,7 +335,7 @@ def _seeded(
     groups, like = plan.groups, plan.x[0]
     moved = {groups[t].key for t in now}
     reads = {t: groups[t].key in plan.found.reads and bool(plan.found.reads[groups[t].key] & moved) for t in targets}
-    zeros = [like.new_zeros(groups[t].units.shape) for t in targets]
+    zeros = [plan.zeros(groups[t]) for t in targets]
     used = [groups[t].key for t in (*now, *targets) if groups[t].key in plan.found.reads]
     constant = list(dict.fromkeys(key for key in used))
     dependent = [groups[t].key for t in targets if reads[t]]
@@ -253,28 +349,39 @@ def _seeded(
             (_, (changing, fixed)), g = flat_value_and_grad(loss, (*head, *zeros[len(now) :]), verb="hessian")
             return (*g, *changing), tuple(fixed)
 
-        outputs, tangents, fixed = flat_jvp(gradient, tuple(zeros[: len(now)]), v)
+        everywhere = tuple(u.repeat(plan.copies(groups[s]), 1) for s, u in zip(now, v, strict=True))
+        outputs, tangents, fixed = flat_jvp(gradient, tuple(zeros[: len(now)]), everywhere)
         return (*outputs[: len(targets)], *tangents, *fixed)
 
+    def apart(values: Tensor, t: int) -> Tensor:
+        """(..., n, positions of all parts, f) -> (..., n and part, positions of one, f)"""
+        return values.unflatten(-2, (plan.copies(groups[t]), -1)).flatten(-4, -3)
+
     eye = torch.eye(count, dtype=like.dtype, device=like.device)[rows.start : rows.stop]
-    parts = eye.split([groups[s].size for s in now], 1)
-    seeds = [part.reshape(len(rows), *zeros[i].shape) for i, part in enumerate(parts)]
+    units = eye.split([groups[s].size for s in now], 1)
+    seeds = [part.reshape(len(rows), *groups[s].units.shape) for s, part in zip(now, units, strict=True)]
     every = flat_vmap(lambda *v: flat_vmap(functools.partial(of_sample, v))(*samples.tensors))(*seeds)
     m = len(targets)
-    g, A, D = every[:m], every[m : 2 * m], every[2 * m : 2 * m + len(dependent)]
+    g, A = ([apart(values, t) for values, t in zip(some, targets, strict=True)] for some in (every[:m], every[m : 2 * m]))
+    D = dict(zip(dependent, every[2 * m : 2 * m + len(dependent)], strict=True))
     features = {key: f[0] for key, f in zip(constant, every[2 * m + len(dependent) :], strict=True)}
-    one = like.new_ones(len(samples), 1, 1)
     first = 0
+
+    def features_of(s: int, like: Tensor) -> Tensor:
+        """(n, positions, f), where a direct leaf has feature 1 in all parts."""
+        found = features.get(groups[s].key)
+        return like.new_ones(like.shape[0], 1, 1) if found is None else apart(found, s)
+
     for s in now:
         begin, end = max(first, rows.start) - rows.start, min(first + groups[s].size, rows.stop) - rows.start
         for i, t in enumerate(targets):
             if t < s or end <= begin or not wanted(groups[s], groups[t]):
                 continue
-            d = D[dependent.index(groups[t].key)][begin:end] if reads[t] and t > s else None
+            d = apart(D[groups[t].key], t)[begin:end] if reads[t] and t > s else None
             here = range(begin + rows.start - first, end + rows.start - first)
             part, positions = _cut(groups[s], here)
-            hs = features.get(groups[s].key, one)[:, positions]
-            shape, ht = part.units.shape, features.get(groups[t].key, one)
+            hs, ht = features_of(s, g[i][0])[:, positions], features_of(t, g[i][0])
+            shape = part.units.shape
             d = None if d is None else d.unflatten(0, shape)
             yield Pair(part, groups[t], s == t, hs, A[i][begin:end].unflatten(0, shape), ht, g[i][0], d)
         first += groups[s].size
@@ -296,8 +403,18 @@ def _cut(site: Site, rows: range) -> tuple[Site, slice]:
 
 def _contracted(pair: Pair) -> Tensor:
     """The block of H between the entries of two sites, (i, j, k, p): both terms of the formula above."""
-    block = _curvature(pair.hs, pair.A, pair.ht)
-    return block if pair.D is None else block + _slope(pair.hs, pair.g, pair.D)
+    terms = []
+    for few in pair.split(_fit(pair)):
+        terms = [*terms, _curvature(few.hs, few.A, few.ht), *([] if few.D is None else [_slope(few.hs, few.g, few.D)])]
+        terms = [functools.reduce(Tensor.add_, terms)]
+    return terms[0]
+
+
+def _fit(pair: Pair) -> int:
+    """How many samples at a time, so that no product on the way to a block exceeds the working set."""
+    (_, S, J), (_, T, P), o, q = pair.hs.shape, pair.ht.shape, pair.s.out, pair.t.out
+    largest = max(J * P if S == T == 1 and 4 * o * q >= P else 0, J * o * T * q, J * q * S, q * o * P * S)
+    return max(1, int(WORKING_SET / 4 / (largest * pair.hs.element_size())))
 
 
 def _curvature(hs: Tensor, A: Tensor, ht: Tensor) -> Tensor:
@@ -429,7 +546,8 @@ def lifted_diagonal(plan: Lift) -> Tensors:
 
 def _samples_at_once(plan: Lift) -> int:
     """So many that a chunk of directions fits the working set."""
-    width = max(min(DIRECTIONS, plan.directions), max((_step(g) for g in plan.groups if g.positions > 1), default=1))
+    largest = max((_step(g, plan.at_once) for g in plan.groups if g.positions > 1), default=1)
+    width = max(min(plan.at_once, plan.directions), largest)
     item = plan.x[0].element_size()
     kept = sum((g.size + g.positions * g.width) * item for g in plan.groups)
     return max(1, int(WORKING_SET / (width * (3 * plan.saved + kept) + 1)))
@@ -460,7 +578,7 @@ def _layout(index: Tensor, numel: int) -> tuple[tuple[int, int], torch.Size] | N
 
 def _certify(plan: Lift, key: Any) -> str:
     """Why a plan is not to be believed, or ``""``: asked once for a function and its kind of arguments."""
-    known = _certified.setdefault(plan.risk, {})
+    known = _of_function(_certified, plan.problem.f)
     if key not in known:
         try:
             known[key] = _compared(plan)
@@ -497,7 +615,7 @@ def lifted_product(plan: Lift, v: Sequence[Tensor]) -> Tensors:
     V_s are the entries of v at a site.
     """
     keys = [group.key for group in plan.groups]
-    zeros = tuple(plan.x[0].new_zeros(group.units.shape) for group in plan.groups)
+    zeros = tuple(map(plan.zeros, plan.groups))
     matrices = [torch.cat([v[e.leaf].flatten()[e.index] for e in group.entries], 1) for group in plan.groups]  # (out, width)
     one = plan.x[0].new_ones(1, 1)
 

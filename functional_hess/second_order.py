@@ -28,7 +28,7 @@ from torch import Tensor
 from functional_hess.blocks import Blocks, require_out
 from functional_hess.chunking import NOT_WORTH_ASKING, WORKING_SET, megabytes, progress_bar
 from functional_hess.guards import value_and_gradient
-from functional_hess.lifting import DIRECTIONS, Lift, lift, lifted_blocks, lifted_diagonal, repairs_of
+from functional_hess.lifting import Lift, lift, lifted_blocks, lifted_diagonal, repairs_of
 from functional_hess.nesting import derived_from, is_outermost
 from functional_hess.products import (
     DOUBLE_BACKWARD,
@@ -107,7 +107,9 @@ def hessian(
 
     Returns:
         blocks ``H[p][q]`` of shape ``x[p].shape + x[q].shape``, contiguous unless they are views of ``out``, ``None`` at carried
-        leaves. Costs one plain evaluation of f, one gradient graph a group of leaves, and n backward passes, batched. Memory is
+        leaves. Costs one plain evaluation of f, one gradient graph a group of leaves, and n backward passes, batched; or, where
+        that is much and the parameters enter through layers whose samples are proved not to read each other, about as many
+        products as there are units (:mod:`functional_hess.lifting`; ``explain`` says which). Memory is
         at most the output + max(64 MiB, output / 10). ``Space.of(x).matrix(H)`` is one (n, n) matrix.
 
     Raises:
@@ -618,8 +620,8 @@ def _explained_lift(plan: Lift) -> Explanation:
         route="lifted",
         mode=FORWARD_OVER_REVERSE,
         repairs=repairs_of(plan),
-        chunk_size=min(DIRECTIONS, plan.directions),
-        chunks=-(-plan.directions // DIRECTIONS),
+        chunk_size=min(plan.at_once, plan.directions),
+        chunks=-(-plan.directions // plan.at_once),
         groups=len(plan.groups),
         output_bytes=plan.output,
         working_bytes=WORKING_SET,

@@ -37,9 +37,10 @@ from functional_hess.index_sets import IndexSets, TooManyError
 from functional_hess.levels import flat_vjp
 from functional_hess.products import DOUBLE_BACKWARD, REVERSE_OVER_REVERSE, first_mode_that_works, product_at
 
-__all__ = ["Captured", "Detection", "SparsityError", "detect_hessian", "detect_jacobian"]
+__all__ = ["Captured", "Detection", "Linear", "SparsityError", "detect_hessian", "detect_jacobian", "detect_reached"]
 
 Tensors = tuple[Tensor, ...]
+Linear = Callable[[Tensors], tuple[Tensors, Callable[[Tensors], Tensors]]]
 LARGEST_FULL = 2**25  # entries of a matrix that is taken to be full
 
 
@@ -148,10 +149,28 @@ def _full_if_not_judged(verb: str, found: Detection, shape: tuple[int, int]) -> 
     return dataclasses.replace(found, pattern=SparsityPattern.full(*shape))
 
 
-Linear = Callable[[Tensors], tuple[Tensors, Callable[[Tensors], Tensors]]]
+def detect_reached(linear: Linear, x: Tensors, labels: Callable[[Tensors], Tensors]) -> Detection:
+    """Which labels of a vector reach which elements of the result of a linear map.
+
+    Args:
+        linear: x -> (tensors like the vector, the map).
+        x: the point.
+        labels: gives each element of the vector, by tensors like it, a number from 0 up.
+
+    Returns:
+        a pattern with a row for each element of the result and a column for each label; ``full_because`` is set, and the pattern
+        means nothing, where the program cannot be judged.
+    """
+    return _watched(linear, x, (), labels)
 
 
-def _watched(linear: Linear, x: Tensors, args: Tensors) -> Detection:
+def _each_its_own(vector: Tensors) -> Tensors:
+    sizes = [t.numel() for t in vector]
+    parts = torch.arange(sum(sizes)).split(sizes)
+    return tuple(part.reshape(t.shape) for part, t in zip(parts, vector, strict=True))
+
+
+def _watched(linear: Linear, x: Tensors, args: Tensors, labels: Callable[[Tensors], Tensors] = _each_its_own) -> Detection:
     """Rows are elements of the result, columns those of the vector: what ``linear(x)`` maps, called once on a vector."""
     point = tuple(t.detach().clone() for t in x)  # of storages of their own
     tracker = _Tracker()
@@ -161,7 +180,7 @@ def _watched(linear: Linear, x: Tensors, args: Tensors) -> Detection:
         with _Leaks(tracker), tracker:
             like, product = linear(point)
             vector = tuple(torch.ones(t.shape, dtype=t.dtype, device=t.device) for t in like)
-            tracker.seed(vector)
+            tracker.seed(vector, labels(vector))
             result = product(vector)
         sets = torch.cat([tracker.sets_in(t).reshape(-1) for t in result])
         pattern = tracker.sets.pattern(sets.numpy())
@@ -236,12 +255,11 @@ class _Tracker(TorchDispatchMode):
             if key is not None:
                 self.marks[key] = self.marks.get(key, 0) | mark
 
-    def seed(self, vector: Tensors) -> None:
-        """Element i of the vector is reached by i alone."""
-        self.sets, start = IndexSets(_size(vector)), 1
-        for t in vector:
-            self._assign(t, torch.arange(start, start + t.numel()).reshape(t.shape))
-            start += t.numel()
+    def seed(self, vector: Tensors, labels: Tensors) -> None:
+        """An element of the vector is reached by its label alone."""
+        self.sets = IndexSets(max((int(t.max()) + 1 for t in labels if t.numel()), default=0))
+        for t, numbers in zip(vector, labels, strict=True):
+            self._assign(t, numbers + 1)
 
     def sets_in(self, t: Tensor) -> Tensor:
         key = _storage_of(t)
@@ -255,7 +273,8 @@ class _Tracker(TorchDispatchMode):
         inputs = list(tensors_in(list(arguments.values())))
         for t in inputs:
             self._meet(t)
-        known = {id(t): sets for t in inputs if (sets := self.sets_in(t)).any()}
+        reached = (t for t in inputs if _storage_of(t) in self.memory)
+        known = {id(t): sets for t in reached if (sets := self.sets_in(t)).any()}
         marks = {id(t): self.mark_of(t) for t in inputs}
         self._require_no_question(func, arguments, known, marks)
         before = {_storage_of(t) for t in inputs}

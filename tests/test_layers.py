@@ -33,6 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("verification",),
     ("products",),
     ("risk", "sites", "taylor", "sparsity", "rows"),
+    ("independence",),
     ("lifting", "blocks"),
     ("second_order", "sparse"),
     ("operators",),
