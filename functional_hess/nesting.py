@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 
 __all__ = [
     "at_depth",
+    "constant_of_innermost",
     "depth",
     "derivative_levels",
     "derived_from",
@@ -56,6 +57,22 @@ def at_depth(t: Tensor, depth: int) -> Tensor:
     while _functorch.is_functorch_wrapped_tensor(t) and _functorch.maybe_get_level(t) > depth:
         t = _functorch.get_unwrapped(t)
     return t
+
+
+def constant_of_innermost(t: Tensor) -> Tensor | None:
+    """``t`` as a constant of the innermost level of differentiation, mapped as it is; ``None`` where there is no such level."""
+    levels = [level.level() for level in _functorch.get_interpreter_stack() or () if level.key() in (_Kind.Grad, _Kind.Jvp)]
+    return _without(t, levels[-1]) if levels else None
+
+
+def _without(t: Tensor, level: int) -> Tensor:
+    """``t`` less its wrapper of that level; those of deeper levels, all of them vmaps, are kept."""
+    if not _functorch.is_functorch_wrapped_tensor(t) or _functorch.maybe_get_level(t) < level:
+        return t
+    inside, own = _functorch.get_unwrapped(t), _functorch.maybe_get_level(t)
+    if own == level:
+        return inside
+    return _functorch._add_batch_dim(_without(inside, level), _functorch.maybe_get_bdim(t), own)
 
 
 def derivative_levels() -> list[str]:

@@ -10,9 +10,8 @@ With g = grad f, the product H v at x is computed as
 ``mode="auto"`` takes the first of a chain that has a rule for every op. For one product the chain begins forward-over-reverse,
 which keeps no graph. For many products at one point (rows of the Hessian) it begins reverse-over-reverse: the gradient's graph
 is built once and every row is one backward pass through it, which was 1.5 to 5 times faster than forward-over-reverse on
-every function measured, needs no process-wide lock, has rules for more ops, and gives NaN where forward-over-reverse gives a
-clean but wrong zero (the square of a norm at 0). Modes known to be wrong for norms and linear algebra (forward-over-forward,
-reverse-over-forward) do not exist here.
+every function measured, needs no process-wide lock, and has rules for more ops. Modes known to be wrong for norms and linear
+algebra (forward-over-forward, reverse-over-forward) do not exist here.
 
 For many vectors at one point, keep a pullback of the gradient: ``_, product = vjp(grad(f), x)``.
 """
@@ -232,6 +231,23 @@ def hvp(
         ValueError: v differs from x in structure, shape, dtype or device; the leaf is named.
         MissingDerivativeError: an op of f has a second derivative in no mode.
         DependenceError: f(x) does not depend on x by differentiable operations.
+
+    Singular points:
+        An operation without a second derivative at x leaves one of three results, in every call that differentiates twice:
+
+        * *the right number* where f has a Hessian and the operation's own formula holds: powers, products, ``prod``, ``sinc``,
+          ``xlogy`` and determinants of rank n - 1 at 0; ``var`` of equal numbers; ``logsumexp`` and ``softmax`` with
+          entries of -inf; a division under ``torch.where`` whose divisor is masked too.
+        * *NaN or an infinity* where it needs a slope that does not exist: the norm of 0 and the ``std`` of equal numbers, squared
+          or not, ``sqrt`` and ``log`` of 0, ``atan2`` at the origin, equal eigenvalues and singular values, determinants of lower
+          rank, a division by 0 that is masked afterwards. Forward over reverse may have a number where reverse over reverse has
+          NaN: the right one where f has a Hessian, the convention 0 where it has none. Write a sum of squares, not the
+          square of its root, and sqrt(var + eps), not std + eps.
+        * *the Hessian of one piece* at kinks. Of ``relu``, ``clamp``, ``where`` and sorting it is the piece that torch takes for
+          the gradient, of ties in ``max``, ``min`` and ``median`` of all entries the mean, and of ``abs``, ``cdist`` and
+          ``pdist`` at 0 a slope of 0. So a function that is smooth only as a whole has another Hessian than is returned:
+          ``x.abs() ** 2`` gives 0 at 0, and so does ``cdist(x, y) ** 2`` where points coincide. Write x^2; inside
+          ``checked()`` such a result is an error.
 
     Source:
         Pearlmutter (1994), Fast exact multiplication by the Hessian.

@@ -48,6 +48,7 @@ from functional_hess.repaired_losses import LOSSES
 from functional_hess.repaired_matrices import MATRICES
 from functional_hess.repaired_norms import NORMS
 from functional_hess.repaired_sequences import SEQUENCES
+from functional_hess.repaired_singular import SINGULAR
 
 __all__ = ["REPAIRS", "FIRST_ORDER_REPAIRS"]
 
@@ -120,16 +121,17 @@ def _in_place(composition: Callable[..., Any]) -> Callable[..., Any]:
 
 # The table.
 
-_IN_PLACE = ("hardsigmoid", "ldexp", "scatter_reduce", "index_reduce")
+_IN_PLACE = ("hardsigmoid", "ldexp", "sinc", "scatter_reduce", "index_reduce")
 _FIRST_ORDER = ("select_scatter", "_pack_padded_sequence", "cholesky_inverse", "cholesky_solve")
 _FRONTS: tuple[Any, ...] = (  # torch's own code around the kernels above
     *(F.mse_loss, F.huber_loss, F.soft_margin_loss, F.multi_margin_loss, F.multilabel_margin_loss, F.hardsigmoid, F.glu),
+    *(torch.functional.norm, torch.Tensor.norm),
     *(F.layer_norm, F.batch_norm, F.instance_norm, F.embedding_bag, F.multi_head_attention_forward, torch.functional.cdist),
 )
 
 
 def _table() -> Iterator[tuple[Callable[..., Any], Callable[..., Any]]]:
-    compositions = {**NORMS, **LOSSES, **SEQUENCES, **MATRICES, **DISTANCES, **GATHERS}
+    compositions = {**NORMS, **LOSSES, **SEQUENCES, **MATRICES, **DISTANCES, **GATHERS, **SINGULAR}
     compositions |= {f"{name}_": _in_place(compositions[name]) for name in _IN_PLACE}
     for name, composition in compositions.items():
         for op in _entry_points(name):

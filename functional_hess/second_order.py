@@ -117,6 +117,9 @@ def hessian(
         MissingDerivativeError: an op has a second derivative in no mode.
         DependenceError: f(x) does not depend on x by differentiable operations.
 
+    At kinks and where an operation has no second derivative the result is what :func:`~functional_hess.products.hvp` tells under
+    *Singular points*: right, NaN, or the Hessian of one piece.
+
     Example:
         f(x) = x1^2 x2:
 

@@ -25,6 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "nesting",
         *(f"repaired_{kind}" for kind in ("distances", "gathers", "losses", "matrices", "norms", "sequences")),
     ),
+    ("repaired_singular",),
     ("repairs", "differences", "index_sets"),
     ("levels", "connections"),
     ("guards",),
