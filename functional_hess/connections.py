@@ -128,6 +128,7 @@ def _rule(*names: str) -> Callable[[Rule], Rule]:
     return enter
 
 
+@functools.cache
 def base_name(func: Any) -> str:
     """The name of an op of torch without the underscore of its in-place variant; with its library if that is another."""
     library, _, name = func._schema.name.partition("::")
@@ -154,6 +155,7 @@ def _fits(sets: Tensor | None, result: Any) -> bool:
     return not isinstance(result, Tensor) or (sets is not None and sets.shape == result.shape)
 
 
+@functools.cache
 def _find(func: Any) -> Rule | None:
     name = base_name(func)
     if name in _RULES:

@@ -21,8 +21,9 @@ Source:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -269,30 +270,33 @@ class _Tracker(TorchDispatchMode):
         return self.marks.get(_storage_of(t) or 0, 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        arguments = _by_name(func, args, kwargs or {})
-        inputs = list(tensors_in(list(arguments.values())))
-        for t in inputs:
-            self._meet(t)
-        reached = (t for t in inputs if _storage_of(t) in self.memory)
-        known = {id(t): sets for t in reached if (sets := self.sets_in(t)).any()}
-        marks = {id(t): self.mark_of(t) for t in inputs}
-        self._require_no_question(func, arguments, known, marks)
-        before = {_storage_of(t) for t in inputs}
+        schema = _schema_of(func)
+        arguments = {**schema.defaults, **dict(zip(schema.names, args, strict=False)), **(kwargs or {})}
+        inputs = {id(t): t for t in tensors_in(list(arguments.values()))}
+        places = {i: _storage_of(t) for i, t in inputs.items()}
+        for i, t in inputs.items():
+            self._meet(t, places[i])
+        reached = {i: self.memory[key].of(inputs[i]) for i, key in places.items() if key in self.memory and inputs[i].numel()}
+        known = {i: sets for i, sets in reached.items() if sets.any()}
+        marks = {i: self.marks.get(key or 0, 0) for i, key in places.items()}
+        if schema.answers:
+            self._require_no_question(func, arguments, known, marks)
         out = func(*args, **(kwargs or {}))
         results = tuple(out) if isinstance(out, (tuple, list)) else (out,)
-        written = [t for a in func._schema.arguments if _is_written(a) for t in tensors_in(arguments[a.name])]
+        written = [t for name in schema.written for t in tensors_in(arguments[name])]
+        before = {*places.values()}
         fresh = [t for t in tensors_in(results) if _storage_of(t) not in before]
         for t in fresh:
             self._own(t)
-        if base_name(func) not in _ABOUT_SHAPE and (written or fresh):
-            call = Call(self.sets, func, arguments, results, known, frozenset(i for i, m in marks.items() if m & _VARIES))
-            self._connect(call, written, fresh)
-        self._mark([*fresh, *written], marks, inputs)
+        if not schema.about_shape and (written or fresh):
+            varying = frozenset(i for i, mark in marks.items() if mark & _VARIES)
+            self._connect(Call(self.sets, func, arguments, results, known, varying), written, fresh)
+        self._mark([*fresh, *written], marks, inputs.values())
         return out
 
     def _connect(self, call: Call, written: Sequence[Tensor], fresh: Sequence[Tensor]) -> None:
         if not call.known:
-            for t in [*written, *fresh]:
+            for t in [*written, *fresh] if self.memory else ():
                 self._assign(t, None)
             return
         connections, has_rule = connected(call)
@@ -326,7 +330,7 @@ class _Tracker(TorchDispatchMode):
             self.memory[key] = _Memory(self.sets, t.untyped_storage().nbytes(), t.element_size())
         self.memory[key].write(t, torch.zeros(t.shape, dtype=torch.int64) if sets is None else sets)
 
-    def _mark(self, tensors: Sequence[Tensor], marks: dict[int, int], inputs: Sequence[Tensor]) -> None:
+    def _mark(self, tensors: Sequence[Tensor], marks: dict[int, int], inputs: Iterable[Tensor]) -> None:
         mark = 0
         for one in marks.values():
             mark |= one
@@ -340,15 +344,12 @@ class _Tracker(TorchDispatchMode):
                 self.rests_on_args = True
 
     def _require_no_question(self, func: Any, arguments: dict[str, Any], known: dict[int, Any], marks: dict[int, int]) -> None:
-        if not _ANSWERS & set(func.tags):
-            return
         for t in _deciding(base_name(func), arguments):
             if id(t) in known or marks[id(t)] & _VARIES:
                 raise _NotJudgedError(f"f asks for a value that depends on x, by {func}")
             self.rests_on_args = self.rests_on_args or bool(marks[id(t)])
 
-    def _meet(self, t: Tensor) -> None:
-        key = _storage_of(t)
+    def _meet(self, t: Tensor, key: int | None) -> None:
         if key is not None and key not in self.marks:
             self.marks[key] = 0
             self.captured[key] = Captured.of(t)
@@ -367,6 +368,29 @@ class _Tracker(TorchDispatchMode):
 _ANSWERS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
+@dataclasses.dataclass(frozen=True)
+class _Schema:
+    """What is to be known of an op before it is called: ``answers`` tells of a result that depends on values beyond numbers."""
+
+    names: tuple[str, ...]
+    defaults: dict[str, Any]
+    written: tuple[str, ...]
+    answers: bool
+    about_shape: bool
+
+
+@functools.cache
+def _schema_of(func: Any) -> _Schema:
+    arguments = func._schema.arguments
+    return _Schema(
+        tuple(a.name for a in arguments),
+        {a.name: a.default_value for a in arguments if a.has_default_value()},
+        tuple(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write),
+        bool(_ANSWERS & set(func.tags)),
+        base_name(func) in _ABOUT_SHAPE,
+    )
+
+
 def _deciding(name: str, arguments: dict[str, Any]) -> list[Tensor]:
     """The arguments whose values decide the answer, or the shape of the result, of an op that gives such."""
     if name == "index":
@@ -382,16 +406,6 @@ def _storage_of(t: Tensor) -> int | None:
         return t.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):
         return None
-
-
-def _is_written(argument: Any) -> bool:
-    return argument.alias_info is not None and argument.alias_info.is_write
-
-
-def _by_name(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    named = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
-    named.update(zip((a.name for a in func._schema.arguments), args, strict=False))
-    return named | kwargs
 
 
 class _Leaks(TorchFunctionMode):

@@ -13,7 +13,7 @@ from networks import numbers
 from torch import Tensor
 
 from functional_hess.connections import base_name
-from functional_hess.sparsity import _Tracker
+from functional_hess.sparsity import _each_its_own, _Tracker
 
 A = torch.ops.aten
 INDEX = torch.tensor([2, 0, 2])
@@ -26,7 +26,7 @@ def connections(op: Callable[..., Any], shapes: tuple[tuple[int, ...], ...]) -> 
     arguments = tuple(numbers(*shape, seed=k) for k, shape in enumerate(shapes))
     tracker = _Tracker()
     with tracker:
-        tracker.seed(arguments)
+        tracker.seed(arguments, _each_its_own(arguments))
         out = op(*(t.clone() for t in arguments))
         results = [t for t in (out if isinstance(out, (tuple, list)) else [out]) if t is not None]
         sets = [tracker.sets_in(t).reshape(-1).numpy() for t in results]
@@ -210,7 +210,7 @@ def test_an_index_that_varies_widens_the_rule(kind):
     tracker = _Tracker()
     tracker.give((point,), 1)
     with tracker:
-        tracker.seed((values,))
+        tracker.seed((values,), _each_its_own((values,)))
         result = ops[kind](point.argsort(), values)
         sets = tracker.sets_in(result).reshape(-1).numpy()
     assert tracker.sets.pattern(sets).dense().all()
