@@ -110,8 +110,9 @@ def require_out(problem: Problem, out: Tensor) -> None:
         raise ValueError(f"{verb}: out= holds one (n, n) matrix, so f must return a scalar.")
     if not may_write(problem):
         raise ValueError(_out_cannot(verb))
-    if tuple(out.shape) != want or out.dtype != space.dtype or out.device != space.device:
-        got = f"shape {tuple(out.shape)}, {out.dtype}, {out.device}"
+    is_tensor = isinstance(out, Tensor)
+    if not is_tensor or tuple(out.shape) != want or out.dtype != space.dtype or out.device != space.device:
+        got = f"shape {tuple(out.shape)}, {out.dtype}, {out.device}" if is_tensor else type(out).__name__
         raise ValueError(f"{verb}: out must have shape {want}, {space.dtype}, {space.device}, got {got}.")
 
 

@@ -301,9 +301,9 @@ def parse_bytes(amount: int | float | str) -> int:
         >>> parse_bytes("4GiB"), parse_bytes("1.5 kB"), parse_bytes(1024)
         (4294967296, 1500, 1024)
     """
-    if isinstance(amount, (int, float)):
+    if isinstance(amount, (int, float)) and 0 <= amount < math.inf:
         return int(amount)
-    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([kKmMgGtT]?)(i?)[bB]?\s*", amount)
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([kKmMgGtT]?)(i?)[bB]?\s*", str(amount))
     if not match:
         raise ValueError(f"memory_limit must be bytes or a text such as '4GiB', got {amount!r}.")
     number, prefix, binary = match.groups()

@@ -17,7 +17,7 @@ from torch import Tensor
 from functional_hess.guards import Replay, named_errors
 from functional_hess.levels import flat_jvp, flat_vjp, flat_vmap, plain, replaced, require_dependence, require_movement
 from functional_hess.nesting import derived_from, moves
-from functional_hess.transforms import Output, bind
+from functional_hess.transforms import Output, bind, require_argnums
 from functional_hess.tree import Space, flat
 
 __all__ = ["jacfwd", "jacrev"]
@@ -54,6 +54,7 @@ def jacfwd(
         tensor([[2., 0.],
                 [0., 6.]])
     """
+    require_argnums("jacfwd", argnums)
 
     @derived_from(f)
     def transformed(*args: Any, **kwargs: Any) -> Any:
@@ -109,6 +110,7 @@ def jacrev(
         >>> jacrev(lambda x: {"sum": x.sum(), "count": 2})(torch.ones(3))
         {'sum': tensor([1., 1., 1.]), 'count': None}
     """
+    require_argnums("jacrev", argnums)
 
     @derived_from(f)
     def transformed(*args: Any, **kwargs: Any) -> Any:

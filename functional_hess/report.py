@@ -305,7 +305,11 @@ def _look(problem: Problem) -> tuple[Space, float]:
     except TypeError as error:
         raise ReportError(str(error)) from error
     if not space.dim:
-        raise ReportError("params holds no floating tensor with entries, so there is nothing to differentiate.")
+        kind = type(problem.params).__name__
+        raise ReportError(
+            f"params holds no floating tensor with entries, but must be a tree of tensors (got {kind}), such as "
+            "dict(module.named_parameters())."
+        )
     value = problem.f(problem.params, *problem.args)
     if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
         got = f"one of shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__

@@ -19,8 +19,9 @@ import dataclasses
 import fnmatch
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ from functional_hess.rows import (
     refined,
     try_one_row,
 )
-from functional_hess.transforms import flat_vmap, plain
+from functional_hess.transforms import Output, flat_vmap, plain, require_argnums
 from functional_hess.tree import Piece, Space, flat
 
 __all__ = [
@@ -128,6 +129,7 @@ def hessian(
         tensor([[10.,  6.],
                 [ 6.,  0.]])
     """
+    require_argnums("hessian", argnums)
     options = Options(has_aux, mode, chunk_size, memory_limit, randomness, strict, progress, symmetric)
 
     def planned(*args: Any, **kwargs: Any) -> Plan | Lift:
@@ -226,6 +228,7 @@ def hessian_rows(
         ...     print(rows, H.tolist())
         range(1, 3) [[0.0, 12.0, 0.0], [0.0, 0.0, 18.0]]
     """
+    require_argnums("hessian_rows", argnums)
     options = Options(has_aux, mode, chunk_size, memory_limit, randomness, strict, progress, symmetric=False)
 
     def planned(*args: Any, **kwargs: Any) -> Plan:
@@ -259,8 +262,21 @@ def _numbers(space: Space, pieces: Sequence[Piece]) -> Sequence[int]:
     return even if list(even) == numbers else numbers
 
 
+def _ints(rows: Any) -> list[int]:
+    """Ints from any sequence of them; a mask or numbers with a fraction would be another choice of rows than was meant."""
+    is_mask = isinstance(rows, Tensor) and rows.dtype == torch.bool
+    try:
+        found = [None if is_mask or isinstance(row, bool) else operator.index(row) for row in rows]
+    except TypeError:
+        found = [None]
+    if None in found:
+        got = f"a tensor of dtype {rows.dtype}" if isinstance(rows, Tensor) else repr(rows)
+        raise TypeError(f"hessian_rows: rows must be a range or a sequence of ints, got {got}.")
+    return cast(list[int], found)
+
+
 def _checked(rows: Sequence[int], n: int) -> Sequence[int]:
-    rows = rows if isinstance(rows, range) else [int(row) for row in rows]
+    rows = rows if isinstance(rows, range) else _ints(rows)
     outside = [row for row in ((rows[0], rows[-1]) if isinstance(rows, range) and rows else rows) if not 0 <= row < n]
     if outside:
         raise IndexError(f"hessian_rows: row {outside[0]} is out of range for {n} coordinates.")
@@ -290,6 +306,7 @@ def hessian_diagonal(
         >>> hessian_diagonal(lambda x: (x["a"] ** 3).sum() + x["b"] * x["a"][0])(x)
         {'a': tensor([ 6., 12.]), 'b': tensor(0.)}
     """
+    require_argnums("hessian_diagonal", argnums)
     options = Options(has_aux, mode, chunk_size, memory_limit, randomness, strict, progress)
 
     def planned(*args: Any, **kwargs: Any) -> Plan | Lift:
@@ -359,6 +376,7 @@ def hessian_blocks(
         >>> hessian_blocks(f)(x)["b"], hessian_blocks(f, pairs=[("a", "b")])(x)
         (tensor(6.), {('a', 'b'): tensor([6., 6.])})
     """
+    require_argnums("hessian_blocks", argnums)
     options = Options(has_aux, mode, chunk_size, memory_limit, randomness, strict, progress)
 
     def planned(*args: Any, **kwargs: Any) -> Plan | Lift:
@@ -403,6 +421,8 @@ def hessian_blocks(
 def _matching(space: Space, pairs: Sequence[tuple[str, str]]) -> list[tuple[int, int]]:
     found = []
     for pair in pairs:
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(glob, str) for glob in pair)):
+            raise TypeError(f"hessian_blocks: pairs must hold pairs of globs, as in [('w', 'b')], got {pair!r} among them.")
         sides = [[leaf for leaf in space.leaves if fnmatch.fnmatchcase(space.paths[leaf], glob)] for glob in pair]
         for glob, side in zip(pair, sides, strict=True):
             if not side:
@@ -444,7 +464,7 @@ def _dense_plan(problem: Problem, symmetric: bool, out: Tensor | None) -> Plan:
     space, order = problem.space, problem.seen.order
     output = _dense_bytes(space)
     if not problem.is_scalar:
-        outputs = Space.of(problem.seen.value, "f(x)").dim
+        outputs = Output.of(problem.verb, problem.seen.value, has_aux=False)[0].space.dim
         wanted = [(_whole(space, leaf), tuple(space.leaves)) for leaf in space.leaves]
         plan = plan_rows(problem, wanted, output=output * outputs, copies=max(1, outputs))
         return dataclasses.replace(plan, route="dense rows of each output")

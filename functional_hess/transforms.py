@@ -51,6 +51,7 @@ __all__ = [
     "linearize",
     "plain",
     "repaired",
+    "require_argnums",
     "value_and_grad",
     "vjp",
     "vmap",
@@ -98,6 +99,8 @@ def bind(verb: str, f: Callable[..., Any], args: Sequence[Any], kwargs: dict[str
         raise TypeError(f"{verb}: f must be callable, got {type(f).__name__}.")
     single = isinstance(argnums, int)
     chosen = [_argument(verb, i, len(args)) for i in ([argnums] if single else argnums)]
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"{verb}: argnums must be different arguments, got {argnums}.")
     tree = args[chosen[0]] if single else tuple(args[i] for i in chosen)
     name = ("x" if chosen[0] == 0 else f"args[{chosen[0]}]") if single else "args"
     space = Space.of(tree, name)
@@ -112,6 +115,16 @@ def bind(verb: str, f: Callable[..., Any], args: Sequence[Any], kwargs: dict[str
         return f(*filled, **kwargs)
 
     return Bound(verb, space, space.pack(tree, name), call)
+
+
+def require_argnums(verb: str, argnums: Any) -> None:
+    """Refuse ``argnums`` that are no ints, where a transform is made: the point of ``hessian(f, x)`` is no number."""
+    chosen = (argnums,) if isinstance(argnums, int) else argnums
+    if not (isinstance(chosen, (tuple, list)) and chosen and all(isinstance(i, int) for i in chosen)):
+        raise TypeError(
+            f"{verb}: argnums must be an int or a tuple of ints, got {_described(argnums)}. The point goes to what {verb} "
+            f"returns, as in {verb}(f)(x)."
+        )
 
 
 def _argument(verb: str, i: int, count: int) -> int:
@@ -188,6 +201,7 @@ def value_and_grad(
         >>> value_and_grad(lambda x: (x["a"] ** 3).sum())({"a": torch.tensor([1.0, 2.0]), "step": 7})
         (tensor(9.), {'a': tensor([ 3., 12.]), 'step': None})
     """
+    require_argnums("grad", argnums)
 
     @derived_from(f)
     def transformed(*args: Any, **kwargs: Any) -> Any:
@@ -454,9 +468,9 @@ def _in_dims(in_dims: Any, args: tuple[Any, ...], tensors: Tensors) -> tuple[int
         dims.append(dim)
         if dim is None:
             continue
-        if not -leaf.dim() <= dim < leaf.dim():
+        if not isinstance(dim, int) or not -leaf.dim() <= dim < leaf.dim():
             where = written(args, "args")[i]
-            raise ValueError(f"vmap: in_dims must be a dimension of {where}, of shape {tuple(leaf.shape)}, got {dim}.")
+            raise ValueError(f"vmap: in_dims must be a dimension of {where}, of shape {tuple(leaf.shape)}, got {dim!r}.")
         sizes[i] = leaf.shape[dim]
     if not sizes:
         raise ValueError("vmap: in_dims must map at least one tensor; all are None, or no argument holds a tensor.")

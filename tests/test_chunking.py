@@ -58,7 +58,9 @@ def test_bytes_are_a_number_or_a_text(text, expected):
     assert parse_bytes(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "lots", "4 GiBs", "GiB", "-1GiB", "1e9", "1,000", "4PB", "1.2.3MB", "."])
+@pytest.mark.parametrize(
+    "text", ["", "lots", "4 GiBs", "GiB", "-1GiB", "1e9", "1,000", "4PB", "1.2.3MB", ".", -1, float("inf"), float("nan")]
+)
 def test_a_text_that_is_no_amount_is_refused(text):
     with pytest.raises(ValueError, match="memory_limit must be bytes or a text such as '4GiB', got"):
         parse_bytes(text)

@@ -534,6 +534,19 @@ ROWS: dict[str, list[Row]] = {
             lambda _: fh.hessian(cube, 2)(W),
         ),
         Row(
+            "argnums",
+            ValueError,
+            "hessian: argnums must be different arguments, got (0, -2).",
+            lambda _: fh.hessian(torch.dot, (0, -2))(W, W),
+        ),
+        Row(
+            "argnums",
+            TypeError,
+            "hessian: argnums must be an int or a tuple of ints, got a tensor of shape (2,). The point goes to what hessian "
+            "returns, as in hessian(f)(x).",
+            lambda _: fh.hessian(cube, W),  # type: ignore[arg-type]
+        ),
+        Row(
             "f",
             TypeError,
             "grad: with has_aux=True f must return (value, aux), got a tensor of shape ().",
@@ -815,6 +828,18 @@ ROWS: dict[str, list[Row]] = {
             IndexError,
             "hessian_rows: row 2 is out of range for 2 coordinates.",
             lambda _: fh.hessian_rows(cube, rows=[0, 2])(W),
+        ),
+        Row(
+            "rows",
+            TypeError,
+            "hessian_rows: rows must be a range or a sequence of ints, got a tensor of dtype torch.bool.",
+            lambda _: fh.hessian_rows(cube, rows=W > 1)(W),  # type: ignore[arg-type]
+        ),
+        Row(
+            "pairs",
+            TypeError,
+            "hessian_blocks: pairs must hold pairs of globs, as in [('w', 'b')], got 'w' among them.",
+            lambda _: fh.hessian_blocks(cubes, pairs=["w"])(X),  # type: ignore[list-item]
         ),
         Row(
             "'v'",
@@ -1281,7 +1306,8 @@ ROWS: dict[str, list[Row]] = {
         Row(
             "params",
             report.ReportError,
-            "params holds no floating tensor with entries, so there is nothing to differentiate.",
+            "params holds no floating tensor with entries, but must be a tree of tensors (got dict), such as "
+            "dict(module.named_parameters()).",
             on(cube, {"n": 3}),
         ),
         Row(

@@ -352,6 +352,15 @@ def test_a_row_out_of_range_is_refused(rows):
         run(hessian_rows, cube, numbers(7), rows=rows)
 
 
+@pytest.mark.parametrize(
+    "rows", [3, 1.5, "all", slice(0, 2), [0.5], [True, False], torch.tensor([True] * 7), torch.tensor([1.0]), [None], [[0, 1]]]
+)
+def test_rows_that_are_no_ints_are_refused(rows):
+    """A mask would be rows 0 and 1, half a row row 0."""
+    with pytest.raises(TypeError, match=r"hessian_rows: rows must be a range or a sequence of ints, got"):
+        run(hessian_rows, cube, numbers(7), rows=rows)
+
+
 def test_rows_of_one_chunk_are_not_written_over_by_the_next():
     stream = run(hessian_rows, cube, numbers(5), chunk_size=2)
     assert relative_error(torch.cat([values for _, values in stream]), torch.diag(6 * numbers(5))) < 1e-14
@@ -391,6 +400,12 @@ def test_pairs_of_globs_choose_blocks():
         for chunk_size in CHUNKS:
             blocks = hessian_blocks(coupled, pairs=pairs, chunk_size=chunk_size)(COUPLED)
             assert relative_error(blocks, {pair: every[pair] for pair in chosen}) < 1e-13
+
+
+@pytest.mark.parametrize("pairs", [["dec"], ("dec", "dec"), "dec", [("dec",)], [("dec", "dec", "dec")], [(0, 1)], [None]])
+def test_pairs_that_are_none_are_refused(pairs):
+    with pytest.raises(TypeError, match=r"hessian_blocks: pairs must hold pairs of globs, as in \[\('w', 'b'\)\], got"):
+        hessian_blocks(coupled, pairs=pairs)(COUPLED)
 
 
 def test_a_glob_that_matches_nothing_is_refused_with_the_paths():
@@ -436,6 +451,31 @@ def test_argnums_choose_the_arguments(argnums):
 def test_argnums_out_of_range_are_refused(verb, argnums):
     with pytest.raises(ValueError, match=r"argnums must be in range\(3\), the positional arguments of the call, got"):
         run(verb, weighted, A, B, C, argnums=argnums)
+
+
+@every_verb
+@pytest.mark.parametrize(
+    "argnums", [numbers(2), None, 1.0, "x", (), (0, "x"), {0: 1}], ids=lambda argnums: type(argnums).__name__
+)
+def test_argnums_that_are_no_ints_are_refused_where_the_transform_is_made(verb, argnums):
+    """Before there is a function that a user of `hessian(f, x)` would take for the result."""
+    with pytest.raises(TypeError, match=r"argnums must be an int or a tuple of ints, got .* as in \w+\(f\)\(x\)\."):
+        verb(cube, argnums)
+
+
+@every_verb
+@pytest.mark.parametrize("argnums", [(0, 0), (0, 1, -3)])
+def test_an_argument_chosen_twice_is_refused(verb, argnums):
+    """The gradients of f(x, x) by both would be needed, where only the last place is filled."""
+    with pytest.raises(ValueError, match=r"argnums must be different arguments, got \(0, "):
+        run(verb, weighted, A, B, C, argnums=argnums)
+
+
+@pytest.mark.parametrize("f", [lambda x: cube(x).item(), lambda x: None, lambda x: {"n": 3}, lambda x: "text", lambda x: x > 0])
+def test_a_function_that_returns_no_floating_tensor_is_refused(f):
+    for verb in VERBS:
+        with pytest.raises(TypeError, match=r"f must return (a scalar tensor|at least one floating tensor)"):
+            run(verb, f, numbers(3))
 
 
 @pytest.mark.parametrize("aux", ["text", None, {"a": (1, [None, "b"])}, (), torch.ones(3, dtype=torch.int64)], ids=repr)
@@ -579,6 +619,8 @@ def test_out_serves_value_gradient_and_hessian_as_well():
         (torch.zeros(16, dtype=torch.float64), r"\(16,\)"),
         (torch.zeros(4, 4), "torch.float32"),
         (torch.zeros(4, 4, dtype=torch.float64, device="meta"), "meta"),
+        (np.zeros((4, 4)), "ndarray"),
+        ("hessian.bin", "str"),
     ],
 )
 def test_an_out_that_does_not_fit_is_refused(out, got):

@@ -175,6 +175,16 @@ def test_argnums_out_of_range_are_refused(transform: Any, argnums: Any) -> None:
         transform(three, argnums=argnums)(*POINT)
 
 
+@pytest.mark.parametrize("transform", [grad, value_and_grad, jacfwd, jacrev])
+def test_argnums_that_are_no_ints_or_not_different_are_refused(transform: Any) -> None:
+    for argnums in (x3, None, 1.0, "x", (), (0, None)):
+        with pytest.raises(TypeError, match=r"argnums must be an int or a tuple of ints, got"):
+            transform(three, argnums)
+    for argnums in ((1, 1), (1, -1)):
+        with pytest.raises(ValueError, match=r"argnums must be different arguments, got \(1, "):
+            transform(three, argnums)(*POINT)
+
+
 def with_aux(x: Tensor) -> tuple[Tensor, dict[str, Any]]:
     return (x**3).sum(), {"name": "cube", "none": None, "square": x**2, "count": 3, "pair": (x.argmax(), [True])}
 
@@ -540,6 +550,8 @@ def test_sizes_that_differ_are_told_by_path() -> None:
         vmap(torch.sin, 1)(x3)
     with pytest.raises(ValueError, match=r"in_dims must be a dimension of args\[0\], of shape \(\), got 0"):
         vmap(torch.sin)(t(1.0))
+    with pytest.raises(ValueError, match=r"in_dims must be a dimension of args\[0\], of shape \(3,\), got 'a'"):
+        vmap(torch.sin, "a")(x3)
     with pytest.raises(ValueError, match="in_dims must map at least one tensor"):
         vmap(torch.sin, None)(x3)
     with pytest.raises(ValueError, match="in_dims must be an int, None or a prefix"):
