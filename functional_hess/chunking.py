@@ -67,10 +67,12 @@ WORKING_SET = 64 * MIB
 NOT_WORTH_ASKING = 16 * MIB  # calls smaller than this do not ask the system what is left
 SHARE_OF_AVAILABLE = 0.6
 NO_LIMIT = 2**60  # the first version of cgroups writes a number near 2**63 where there is none
-CACHE_TARGET_OF_A_THREAD = 1.0 * MIB  # bytes of one batched intermediate result
+CACHE_TARGET = 1.0 * MIB  # bytes of one batched intermediate result,
+CACHE_TARGET_OF_A_THREAD = 0.5 * MIB  # or so many for each thread
 CACHE_TARGET_ACCELERATOR = 64.0 * MIB
 ALLOCATOR_SLACK = 2.0  # what the system's allocator may hold beyond the storages alive
-FEWEST_FOR_SPEED = 32
+FEWEST_FOR_SPEED = 32  # rows below which a better estimate is asked for,
+FEWEST_AT_ONCE = 8  # and below which no chunk goes for the sake of the cache
 MEASURED_ROWS = (1, 4, 8)  # with few rows the peak is where the graph is built, with more where they run through it
 RESULTS_OF_A_DERIVATIVE = 3  # intermediate results of a gradient, for one of the function
 
@@ -455,8 +457,9 @@ def _total(device: torch.device, memory_limit: int | float | str | None) -> floa
 
 
 def _wish(rows: int, mean_result: float, device: torch.device) -> int:
-    target = CACHE_TARGET_OF_A_THREAD * torch.get_num_threads() if device.type == "cpu" else CACHE_TARGET_ACCELERATOR
-    return min(rows, max(FEWEST_FOR_SPEED, int(target / max(mean_result, 1.0))))
+    on_cpu = max(CACHE_TARGET, CACHE_TARGET_OF_A_THREAD * torch.get_num_threads())
+    target = on_cpu if device.type == "cpu" else CACHE_TARGET_ACCELERATOR
+    return min(rows, max(FEWEST_AT_ONCE, int(target / max(mean_result, 1.0))))
 
 
 def _refusal(verb: str, rows: int, output: int, working: float, k: int, total: float, memory_limit: Any) -> str:

@@ -7,8 +7,8 @@ are samples, or a multiple. If samples do not read each other, the positions fal
 
 and one seed serves all parts at once. Whether they do is a question of connections alone. The pullback of (gradient in eps,
 features) is run once with every position labelled (:func:`functional_hess.sparsity.detect_reached`), and the labels that reach
-each position tell the parts. An op without a rule connects everything, and a program that asks for a value is not judged: then
-there is one part, and nothing is gained or lost.
+each position tell the parts. An op without a rule connects everything: then there is one part, and nothing is gained or lost.
+What is proved holds at the point; every call proves it anew.
 """
 
 from __future__ import annotations
@@ -52,25 +52,22 @@ def independent_parts(loss: Callable[[Sequence[Tensor]], Tensor], x: Tensors, fo
     if finest <= 1:
         return 1
 
-    def linear(eps: Tensors) -> tuple[Tensors, Callable[[Tensors], Tensors]]:
-        def gradient_and_features(*eps: Tensor) -> tuple[Tensors, Tensors]:
-            def of(*eps: Tensor) -> tuple[Tensor, Any]:
-                leaves = [t.view_as(t) for t in x]
-                with Lifted(leaves, found, {site.key: e for site, e in zip(sites, eps, strict=True)}) as run:
-                    value = loss(leaves)
-                return value, [torch.cat(run.features[key], 1) for key in changing]
+    def gradient_and_features(*eps: Tensor) -> tuple[Tensors, Tensors]:
+        def of(*eps: Tensor) -> tuple[Tensor, Any]:
+            leaves = [t.view_as(t) for t in x]
+            with Lifted(leaves, found, {site.key: e for site, e in zip(sites, eps, strict=True)}) as run:
+                value = loss(leaves)
+            return value, [torch.cat(run.features[key], 1) for key in changing]
 
-            (_, features), gradient = flat_value_and_grad(of, eps, verb="hessian")
-            return (*gradient, *features), ()
-
-        outputs, pullback, _ = flat_vjp(gradient_and_features, eps)
-        return outputs, pullback
+        (_, features), gradient = flat_value_and_grad(of, eps, verb="hessian")
+        return (*gradient, *features), ()
 
     def labels(tensors: Tensors) -> Tensors:
         return tuple(_labels(t.shape, finest) for t in tensors)
 
     zeros = tuple(x[0].new_zeros(site.units.shape) for site in sites)
-    reached = detect_reached(linear, zeros, labels)
+    outputs, pullback, _ = flat_vjp(gradient_and_features, zeros)
+    reached = detect_reached(pullback, outputs, labels)
     if reached.full_because is not None:
         return 1
     rows = torch.cat([t.flatten() for t in labels(zeros)]).numpy()[reached.pattern.rows]

@@ -222,14 +222,16 @@ def test_a_batch_that_comes_to_be_mixed_is_seen():
     assert relative_error(Space.of(p).matrix(fh.hessian(f)(p)), truth()) < 1e-12
 
 
-def test_a_value_that_is_asked_for_is_no_proof():
+def test_a_branch_is_that_of_the_point():
     def f(p):
         h = torch.tanh(X @ p["e"])
-        return ce((h if h.sum() > 0 else 2 * h) @ p["o"], Y)
+        return ce((h if h.sum() > 0 else h.mean() * h) @ p["o"], Y)
 
-    loss = Loss("asks", f, params(e=(5, 6), o=(6, 3)), 1, 0)
-    assert parts_of(loss) == 1
-    assert relative_error(Space.of(loss.p).matrix(fh.hessian(f)(loss.p)), loss.truth()) < 1e-12
+    for sign, parts in ((1, N), (-1, 1)):
+        p = {"e": sign * X.sum(0)[:, None] * torch.ones(6, dtype=torch.float64), "o": params(o=(6, 3))["o"]}
+        loss = Loss("asks", f, p, parts, 0)
+        assert parts_of(loss) == parts
+        assert relative_error(Space.of(p).matrix(fh.hessian(f)(p)), loss.truth()) < 1e-12
 
 
 def test_arguments_aux_and_tuples_of_argnums_come_along():
