@@ -54,6 +54,7 @@ __all__ = [
     "available_bytes",
     "chunk_for",
     "closed_bound",
+    "fits",
     "measured",
     "megabytes",
     "parse_bytes",
@@ -449,6 +450,11 @@ def chunk_for(
     if output + estimate.working(k) > total:
         raise MemoryLimitError(_refusal(verb, rows, output, estimate.working(k), k, total, memory_limit))
     return k, estimate
+
+
+def fits(output: int, device: torch.device) -> bool:
+    """Whether a result of so many bytes may be allocated at all."""
+    return output <= NOT_WORTH_ASKING or output <= _total(device, None)
 
 
 def _total(device: torch.device, memory_limit: int | float | str | None) -> float:

@@ -88,6 +88,8 @@ class Call:
         return any(not t.is_floating_point() and not t.is_complex() for t in self.dependent)
 
     def union(self, a: Tensor, b: Tensor) -> Tensor:
+        if not a.dim() and not a:
+            return b
         one, other = torch.broadcast_tensors(a, b)
         return torch.from_numpy(self.sets.union(one.numpy(), other.numpy()))
 
@@ -191,9 +193,7 @@ def _elementwise(call: Call) -> Any:
     shapes = {t.shape for t in call.results if isinstance(t, Tensor)}
     if len(shapes) != 1:
         return NotImplemented
-    joined = torch.zeros((), dtype=torch.int64)
-    for t in call.dependent:
-        joined = call.union(joined, call.of(t))
+    joined = functools.reduce(call.union, map(call.of, call.dependent), call.of(None))
     return [joined.expand(t.shape) for t in call.results]
 
 

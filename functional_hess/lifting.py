@@ -34,10 +34,9 @@ from functional_hess.chunking import MIB, WORKING_SET, Estimate, chunk_for, surv
 from functional_hess.guards import missing_rule, out_of_memory
 from functional_hess.independence import common_positions, independent_parts
 from functional_hess.levels import flat_jvp, flat_value_and_grad, flat_vmap, repaired
-from functional_hess.nesting import is_outermost
 from functional_hess.products import FORWARD_OVER_REVERSE, REVERSE_OVER_REVERSE, product_at
 from functional_hess.risk import EmpiricalRisk, Part, samples_of
-from functional_hess.rows import Options, Problem
+from functional_hess.rows import Problem, rows_only
 from functional_hess.sites import Discovery, Entry, Lifted, Site, SitesChanged, find_sites
 from functional_hess.tree import tensors_of
 
@@ -111,29 +110,15 @@ def lift(problem: Problem, args: Sequence[Any], argnums: Any, output: int, *, di
     Raises:
         MemoryLimitError: the result does not fit.
     """
-    why_not = _refusal(problem, args)
+    why_not = rows_only(problem, args)
     if not isinstance(problem.f, EmpiricalRisk):
         rows = problem.space.dim * (problem.seen.saved + problem.seen.held / 32)  # products with data cost less for a byte
         return "" if why_not or rows < WORTH_A_PROOF or not problem.is_scalar else _of_plain(problem, args, output, diagonal)
     if argnums not in (0, (0,)):
         return "other arguments than the parameters are differentiated"
+    if not why_not and not tensors_of(tuple(args[1:]))[0]:
+        why_not = "the samples come from a loader"
     return why_not or _of_risk(problem, samples_of(tuple(args[1:])), isinstance(argnums, tuple), output, diagonal)
-
-
-def _refusal(problem: Problem, args: Sequence[Any]) -> str:
-    """Why rows must be computed, whatever the function."""
-    options, x = problem.options, problem.bound.x
-    if options != dataclasses.replace(Options(), strict=options.strict, progress=options.progress):
-        return "an option says how rows are computed"
-    if not is_outermost():
-        return "a transform is outside"
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors_of(tuple(args))[0]):
-        return "an argument requires grad"
-    if len({(t.dtype, t.device) for t in x}) != 1 or x[0].dtype not in TOLERANCE:
-        return "the leaves differ in dtype or device, or are of low precision"
-    if isinstance(problem.f, EmpiricalRisk) and not tensors_of(tuple(args[1:]))[0]:
-        return "the samples come from a loader"
-    return ""
 
 
 def _of_plain(problem: Problem, args: Sequence[Any], output: int, diagonal: bool) -> Lift | str:

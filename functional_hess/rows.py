@@ -65,6 +65,7 @@ __all__ = [
     "look",
     "plan_rows",
     "refined",
+    "rows_only",
     "try_one_row",
 ]
 
@@ -191,6 +192,20 @@ def look(
             replay.rewind()
             value_and_gradient(scalar, bound.x, verb, strict=bound.space)
     return Problem(f, bound, scalar, seen, options, check)
+
+
+def rows_only(problem: Problem, args: Sequence[Any]) -> str:
+    """Why rows must be computed as they are, whatever the structure of f(*args); ``""`` if they need not."""
+    options, x = problem.options, problem.bound.x
+    if options != Options(has_aux=options.has_aux, strict=options.strict, progress=options.progress):
+        return "an option says how rows are computed"
+    if not is_outermost():
+        return "a transform is outside"
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors_of(tuple(args))[0]):
+        return "an argument requires grad"
+    if len({(t.dtype, t.device) for t in x}) != 1 or torch.finfo(x[0].dtype).bits < 32:
+        return "the leaves differ in dtype or device, or are of low precision"
+    return ""
 
 
 def plan_rows(problem: Problem, wanted: Wanted, output: int, *, copies: int = 1, held: int = 0) -> Plan:

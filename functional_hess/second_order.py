@@ -28,6 +28,7 @@ from torch import Tensor
 
 from functional_hess.blocks import Blocks, require_out
 from functional_hess.chunking import NOT_WORTH_ASKING, WORKING_SET, megabytes, progress_bar
+from functional_hess.colored import Colored, color, colored_blocks, colored_diagonal
 from functional_hess.guards import value_and_gradient
 from functional_hess.lifting import Lift, lift, lifted_blocks, lifted_diagonal, repairs_of
 from functional_hess.nesting import derived_from, is_outermost
@@ -110,7 +111,8 @@ def hessian(
         blocks ``H[p][q]`` of shape ``x[p].shape + x[q].shape``, contiguous unless they are views of ``out``, ``None`` at carried
         leaves. Costs one plain evaluation of f, one gradient graph a group of leaves, and n backward passes, batched; or, where
         that is much and the parameters enter through layers whose samples are proved not to read each other, about as many
-        products as there are units (:mod:`functional_hess.lifting`; ``explain`` says which). Memory is
+        products as there are units (:mod:`functional_hess.lifting`), or as colors where most entries are proved to be zero
+        (:mod:`functional_hess.colored`); ``explain`` says which. Memory is
         at most the output + max(64 MiB, output / 10). ``Space.of(x).matrix(H)`` is one (n, n) matrix.
 
     Raises:
@@ -132,12 +134,15 @@ def hessian(
     require_argnums("hessian", argnums)
     options = Options(has_aux, mode, chunk_size, memory_limit, randomness, strict, progress, symmetric)
 
-    def planned(*args: Any, **kwargs: Any) -> Plan | Lift:
+    def planned(*args: Any, **kwargs: Any) -> Plan | Lift | Colored:
         problem = look("hessian", f, args, kwargs, argnums, options)
         if out is not None:
             require_out(problem, out)
-        lifted = lift(problem, args, argnums, 0 if out is not None else _dense_bytes(problem.space))
-        return lifted if isinstance(lifted, Lift) else _because(_dense_plan(problem, symmetric, out), lifted)
+        output = 0 if out is not None else _dense_bytes(problem.space)
+        lifted = lift(problem, args, argnums, output)
+        if isinstance(lifted, Lift):
+            return lifted
+        return color(problem, args, output) or _because(_dense_plan(problem, symmetric, out), lifted)
 
     @derived_from(f)
     def transformed(*args: Any, **kwargs: Any) -> Any:
@@ -189,7 +194,7 @@ def value_grad_and_hessian(
 
     @derived_from(f)
     def transformed(*args: Any, **kwargs: Any) -> Any:
-        plan: Plan | Lift = second.planned(*args, **kwargs)  # type: ignore[attr-defined]
+        plan: Plan | Lift | Colored = second.planned(*args, **kwargs)  # type: ignore[attr-defined]
         problem = plan.problem
         _require_scalar_value(problem)
         with problem.replay():
@@ -309,13 +314,16 @@ def hessian_diagonal(
     require_argnums("hessian_diagonal", argnums)
     options = Options(has_aux, mode, chunk_size, memory_limit, randomness, strict, progress)
 
-    def planned(*args: Any, **kwargs: Any) -> Plan | Lift:
+    def planned(*args: Any, **kwargs: Any) -> Plan | Lift | Colored:
         problem = look("hessian_diagonal", f, args, kwargs, argnums, options)
         _require_scalar_value(problem)
         output = sum(t.numel() * t.element_size() for t in problem.bound.x)
         lifted = CHECKED if problem.check else lift(problem, args, argnums, output, diagonal=True)
         if isinstance(lifted, Lift):
             return lifted
+        colored = None if problem.check else color(problem, args, output, diagonal=True)
+        if colored:
+            return colored
         wanted = [(_whole(problem.space, leaf), (leaf,)) for leaf in problem.seen.order]
         return _because(plan_rows(problem, wanted, output=output), lifted)
 
@@ -323,8 +331,10 @@ def hessian_diagonal(
     def transformed(*args: Any, **kwargs: Any) -> Any:
         plan = planned(*args, **kwargs)
         space = plan.problem.space
-        if isinstance(plan, Lift):
-            return space.unpack(plain(lifted_diagonal(plan)))
+        if not isinstance(plan, Plan):
+            leaves = lifted_diagonal(plan) if isinstance(plan, Lift) else colored_diagonal(plan)
+            diagonal = space.unpack(plain(leaves))
+            return (diagonal, plan.problem.seen.aux) if has_aux else diagonal
         parts: dict[int, list[Tensor]] = {leaf: [] for leaf in space.leaves}
         check = plan.problem.check
         for chunk in check.chunks(plan.groups, evaluate(plan)) if check else evaluate(plan):
@@ -379,7 +389,7 @@ def hessian_blocks(
     require_argnums("hessian_blocks", argnums)
     options = Options(has_aux, mode, chunk_size, memory_limit, randomness, strict, progress)
 
-    def planned(*args: Any, **kwargs: Any) -> Plan | Lift:
+    def planned(*args: Any, **kwargs: Any) -> Plan | Lift | Colored:
         problem = look("hessian_blocks", f, args, kwargs, argnums, options)
         _require_scalar_value(problem)
         space = problem.space
@@ -388,6 +398,9 @@ def hessian_blocks(
         lifted = CHECKED if problem.check else lift(problem, args, argnums, output)
         if isinstance(lifted, Lift):
             return lifted
+        colored = None if problem.check else color(problem, args, output)
+        if colored:
+            return colored
         against: dict[int, set[int]] = {}
         for p, q in chosen:
             row, column = sorted((p, q), key=lambda leaf: (space.sizes[leaf], leaf))
@@ -402,6 +415,8 @@ def hessian_blocks(
         chosen = sorted({(leaf, leaf) for leaf in space.leaves} if pairs is None else set(_matching(space, pairs)))
         if isinstance(plan, Lift):
             found = lifted_blocks(plan, chosen)
+        elif isinstance(plan, Colored):
+            found = colored_blocks(plan, chosen)
         else:
             blocks = Blocks(plan.problem, plan.columns)
             check = plan.problem.check
@@ -472,10 +487,13 @@ def _dense_plan(problem: Problem, symmetric: bool, out: Tensor | None) -> Plan:
     return plan_rows(problem, wanted, output=0 if out is not None else output)
 
 
-def _dense(plan: Plan | Lift, symmetric: bool, out: Tensor | None) -> Tree:
+def _dense(plan: Plan | Lift | Colored, symmetric: bool, out: Tensor | None) -> Tree:
     space = plan.problem.space
     if isinstance(plan, Lift):
         found = lifted_blocks(plan, list(itertools.product(space.leaves, repeat=2)), out)
+        return space.unpack([space.unpack([found[p, q] for q in space.leaves]) for p in space.leaves])
+    if isinstance(plan, Colored):
+        found = colored_blocks(plan, itertools.product(space.leaves, space.leaves), out)
         return space.unpack([space.unpack([found[p, q] for q in space.leaves]) for p in space.leaves])
     if not plan.problem.is_scalar:
         return _dense_of_each_output(plan)
@@ -572,7 +590,7 @@ class Explanation:
         return "\n".join([self.verb, *(f"  {name:<12}{text}" for name, text in lines)])
 
 
-def _explainable(transformed: Any, planned: Callable[..., Plan | Lift]) -> Any:
+def _explainable(transformed: Any, planned: Callable[..., Plan | Lift | Colored]) -> Any:
     transformed.planned = planned
     return transformed
 
@@ -598,9 +616,11 @@ def explain(transformed: Callable[..., Any], *args: Any, **kwargs: Any) -> Expla
             "explain: takes what hessian, hessian_rows, hessian_blocks or hessian_diagonal return, got "
             f"{type(transformed).__name__}."
         )
-    plan: Plan | Lift = planned(*args, **kwargs)
+    plan: Plan | Lift | Colored = planned(*args, **kwargs)
     if isinstance(plan, Lift):
         return _explained_lift(plan)
+    if isinstance(plan, Colored):
+        return _explained_coloring(plan)
     problem = plan.problem
     mode, repairs = try_one_row(plan if problem.is_scalar else _of_the_sum(plan)) if plan.groups else (problem.options.mode, ())
     estimate = plan.estimate
@@ -649,4 +669,22 @@ def _explained_lift(plan: Lift) -> Explanation:
         output_bytes=plan.output,
         working_bytes=WORKING_SET,
         estimate="bound kept by microbatches",
+    )
+
+
+def _explained_coloring(plan: Colored) -> Explanation:
+    """Rows are products here."""
+    return Explanation(
+        verb=plan.problem.verb,
+        dim=plan.problem.space.dim,
+        rows=plan.products,
+        route="colored",
+        mode=REVERSE_OVER_REVERSE,
+        repairs=plan.repairs,
+        chunk_size=plan.chunk,
+        chunks=-(-plan.products // plan.chunk),
+        groups=1,
+        output_bytes=plan.output,
+        working_bytes=WORKING_SET,
+        estimate="bound",
     )

@@ -150,19 +150,21 @@ def _full_if_not_judged(verb: str, found: Detection, shape: tuple[int, int]) -> 
     return dataclasses.replace(found, pattern=SparsityPattern.full(*shape))
 
 
-def detect_reached(product: Callable[[Tensors], Tensors], like: Tensors, labels: Callable[[Tensors], Tensors]) -> Detection:
+def detect_reached(
+    product: Callable[[Tensors], Tensors], like: Tensors, labels: Callable[[Tensors], Tensors] | None = None
+) -> Detection:
     """Which labels of a vector reach which elements of the result of a linear map, as it is at one point.
 
     Args:
         product: the map, made at a point beforehand: what its making asked of the point is no matter here.
         like: tensors like the vector.
-        labels: gives each element of the vector, by tensors like it, a number from 0 up.
+        labels: gives each element of the vector, by tensors like it, a number from 0 up; by default one of its own.
 
     Returns:
         a pattern with a row for each element of the result and a column for each label; ``full_because`` is set, and the pattern
         means nothing, where the map cannot be judged.
     """
-    return _watched(lambda _: (like, product), (), (), labels)
+    return _watched(lambda _: (like, product), (), (), labels or _each_its_own)
 
 
 def _each_its_own(vector: Tensors) -> Tensors:
