@@ -45,8 +45,14 @@ def jacfwd(
 
     Returns:
         a function whose result is a tree of trees: the block of output leaf o and argument leaf p has shape
-        ``o.shape + p.shape``. With ``has_aux`` the result is ``(jacobian, aux)``. Choose it over :func:`jacrev` when f has more
-        outputs than inputs.
+        ``o.shape + p.shape``. With ``has_aux`` the result is ``(jacobian, aux)``. Costs n forward passes as one batch, with the
+        memory of ``chunk_size`` of them; f runs once a chunk. Choose it over :func:`jacrev` when f has more outputs than inputs.
+
+    Raises:
+        DependenceError: no output depends on x by differentiable operations.
+        MissingDerivativeError: an op of f has no derivative in forward mode.
+        RandomnessError: f draws random numbers.
+        TypeError: f returns no floating tensor, or x holds none.
 
     Example:
         >>> import torch
@@ -103,7 +109,9 @@ def jacrev(
 ) -> Callable[..., Any]:
     """The Jacobian of f by rows: f once, then one pullback for each coordinate of f(x), ``chunk_size`` at a time.
 
-    Results are those of :func:`jacfwd`. Choose it when f has fewer outputs than inputs.
+    Results, of shape ``o.shape + p.shape``, and errors are those of :func:`jacfwd`. Costs one evaluation of f, whose graph is
+    kept, and a backward pass for each entry of f(x) as one batch, with the memory of ``chunk_size`` of them. Choose it when f
+    has fewer outputs than inputs.
 
     Example:
         >>> import torch

@@ -36,10 +36,10 @@ _TERMS = tuple((-1) ** k / math.factorial(2 * k + 1) for k in range(11))  # of s
 
 def _without_slope_at_zero(root: Tensor, z: Tensor, dim: _Dim, keepdim: bool) -> Tensor:
     """``root``, the root of a sum of z^2 over ``dim``, whose slope at z = 0 is NaN at all levels but the innermost."""
-    z = constant_of_innermost(z)
-    if z is None:
+    constant = constant_of_innermost(z)
+    if constant is None:
         return root
-    zero = root == 0
+    z, zero = constant, root == 0
     total = (z * z).sum(dim, keepdim=keepdim).to(root.dtype)
     return root + torch.where(zero, torch.where(zero, total, 1.0).sqrt(), 0.0)
 

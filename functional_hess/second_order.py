@@ -227,6 +227,10 @@ def hessian_rows(
     With ``has_aux`` the auxiliary result is dropped. Where custom derivative rules make H asymmetric, mode
     ``"forward-over-reverse"`` gives its columns instead. The other options are those of :func:`hessian`.
 
+    Raises:
+        IndexError: a row is out of range.
+        TypeError: f returns no scalar, or ``rows`` are no ints. Other errors are those of :func:`hessian`.
+
     Example:
         >>> import torch
         >>> for rows, H in hessian_rows(lambda x: (x**3).sum(), rows=range(1, 3))(torch.tensor([1.0, 2.0, 3.0])):
@@ -302,8 +306,8 @@ def hessian_diagonal(
 ) -> Callable[..., Any]:
     """The exact diagonal of the Hessian, a tree like x: entry i is d^2 f / dx_i^2.
 
-    n products, in chunks, each against its own leaf only; memory is the diagonal's and one chunk's. Options are those of
-    :func:`hessian`.
+    n products, in chunks, each against its own leaf only; memory is the diagonal's and one chunk's. Options and errors are those
+    of :func:`hessian`, and a TypeError where f returns no scalar.
 
     Example:
         >>> import torch
@@ -374,10 +378,11 @@ def hessian_blocks(
 
     Without ``pairs``: the block diagonal by leaf, a tree like x whose entry p has shape ``x[p].shape + x[p].shape``. With
     ``pairs`` of globs, matched against ``Space.of(x).paths``: a dict ``{(path_p, path_q): block}``. Only the blocks asked for are
-    computed, in the cheaper orientation. Options are those of :func:`hessian`.
+    computed, at the cost of one product for each coordinate of the smaller leaf of a pair. Options are those of :func:`hessian`.
 
     Raises:
         ValueError: a glob matches no leaf.
+        TypeError: f returns no scalar, or ``pairs`` are no pairs. Other errors are those of :func:`hessian`.
 
     Example:
         >>> import torch

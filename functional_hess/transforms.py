@@ -283,6 +283,7 @@ def jvp(
 
     Returns:
         ``(out, out_tangent)``; the tangent has the structure of ``out`` with ``None`` at leaves that are not floating tensors.
+        Costs about two evaluations of f, and keeps no graph.
 
     Raises:
         ValueError: a tangent differs from its primal in structure, shape, dtype or device; the leaf is named.
@@ -383,7 +384,11 @@ def linearize(f: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., 
     through the graph of the pullback; f itself ran once. Unlike ``torch.func.linearize`` it composes with every transform.
 
     Returns:
-        ``(out, pushforward)``; ``pushforward(*tangents)`` is a tree like ``out``.
+        ``(out, pushforward)``; ``pushforward(*tangents)`` is a tree like ``out``, ``None`` in the place of carried leaves. The graph of the pullback is kept as long as the pushforward lives.
+
+    Raises:
+        ValueError: a tangent differs from its primal in structure, shape, dtype or device; the leaf is named.
+        DependenceError: no output depends on the primals by differentiable operations.
 
     Example:
         >>> import torch
@@ -426,6 +431,13 @@ def vmap(
         out_dims: where the mapped dimension goes in the results, likewise; ``None`` for a result that does not depend on it.
         randomness: ``"error"``, ``"same"`` or ``"different"``, as in torch.func.
         chunk_size: how many at once; all by default.
+
+    Returns:
+        a function whose results have one dimension more, at ``out_dims``. Costs one evaluation of f on batches, ``chunk_size``
+        at a time, and their memory.
+
+    Raises:
+        ValueError: ``in_dims`` or ``out_dims`` do not fit the arguments or the results, or mapped sizes differ; by path.
 
     Example:
         >>> import torch

@@ -623,7 +623,12 @@ def tree_map(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
 
 
 def paths(tree: Tree) -> tuple[str, ...]:
-    """The path of every leaf, its steps joined by dots; as globs see them in :func:`partition`."""
+    """The path of every leaf, its steps joined by dots; as globs see them in :func:`partition`.
+
+    Example:
+        >>> paths({"w": (1, 2), "b": None})
+        ('b', 'w.0', 'w.1')
+    """
     return tuple(map(_path, optree.tree_accessors(tree, none_is_leaf=True, namespace=NAMESPACE)))
 
 
@@ -638,18 +643,42 @@ def written(tree: Tree, name: str) -> tuple[str, ...]:
 
 
 def add(a: Tree, b: Tree) -> Tree:
-    """a + b, leaf by leaf."""
-    return tree_map(operator.add, a, b)
+    """a + b in all coordinates; carried leaves are those of a.
+
+    Example:
+        A step from a point, which holds an int, along a vector, which holds ``None`` in its place:
+
+        >>> import torch
+        >>> add({"w": torch.tensor([1.0, 2.0]), "power": 3}, {"w": torch.tensor([0.5, 0.0]), "power": None})
+        {'w': tensor([1.5000, 2.0000]), 'power': 3}
+    """
+    return tree_map(lambda s, t: s + t if _moves(s) else s, a, b)
 
 
 def sub(a: Tree, b: Tree) -> Tree:
-    """a - b, leaf by leaf."""
-    return tree_map(operator.sub, a, b)
+    """a - b in all coordinates; carried leaves are those of a.
+
+    Example:
+        >>> import torch
+        >>> sub([torch.tensor(3.0), "name"], [torch.tensor(1.0), None])
+        [tensor(2.), 'name']
+    """
+    return tree_map(lambda s, t: s - t if _moves(s) else s, a, b)
 
 
 def scale(factor: float | Tensor, a: Tree) -> Tree:
-    """factor * a, leaf by leaf."""
-    return tree_map(lambda leaf: factor * leaf, a)
+    """factor * a in all coordinates; carried leaves are those of a.
+
+    Example:
+        >>> import torch
+        >>> scale(0.5, (torch.tensor(3.0), None, 7))
+        (tensor(1.5000), None, 7)
+    """
+    return tree_map(lambda leaf: factor * leaf if _moves(leaf) else leaf, a)
+
+
+def _moves(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
 def dot(a: Tree, b: Tree) -> Tensor:
@@ -666,7 +695,13 @@ def dot(a: Tree, b: Tree) -> Tensor:
 
 
 def norm(a: Tree) -> Tensor:
-    """The Euclidean norm of all coordinates."""
+    """The Euclidean norm of all coordinates.
+
+    Example:
+        >>> import torch
+        >>> norm({"w": torch.tensor([3.0]), "v": torch.tensor([[4.0]]), "n": 2})
+        tensor(5.)
+    """
     return dot(a, a).sqrt()
 
 

@@ -6,6 +6,7 @@ import functools
 import subprocess
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -635,7 +636,24 @@ def test_importing_the_package_brings_nothing_heavy_beyond_torch():
 def test_every_public_name_is_there_and_documented():
     assert len(set(fh.__all__)) == len(fh.__all__)
     for name in fh.__all__:
-        assert getattr(fh, name).__doc__
+        public = getattr(fh, name)
+        assert public.__doc__
+        assert ">>> " in public.__doc__ or not isinstance(public, types.FunctionType), f"{name} shows no example"
+    for name in (
+        *fh.testing.__all__,
+        "paths",
+        "written",
+        "add",
+        "sub",
+        "scale",
+        "dot",
+        "norm",
+        "tree_map",
+        "partition",
+        "register",
+    ):
+        public = getattr(fh.testing, name, None) or getattr(fh.tree, name)
+        assert ">>> " in public.__doc__ or isinstance(public, type), f"{name} shows no example"
 
 
 def test_a_stream_is_an_iterator():

@@ -459,6 +459,18 @@ def test_arithmetic_is_leaf_by_leaf() -> None:
     assert same(trees.scale(t(0.5), x), {"w": a / 2, "n": None, "p": (t(3.0),)})
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_from_a_point_along_a_vector_is_a_point(kind: str) -> None:
+    """Whose carried leaves are the point's: a vector holds `None` there, or anything else that is no coordinate."""
+    x = KINDS[kind][0]
+    space = Space.of(x)
+    ones = [torch.ones_like(t) for t in space.pack(x)]
+    for v in (space.unpack(ones), space.at(ones)):
+        moved, back = trees.add(x, trees.scale(0.5, v)), trees.sub(x, trees.scale(0.5, v))
+        assert same(moved, space.at([t + 0.5 for t in space.pack(x)])) and same(back, space.at([t - 0.5 for t in space.pack(x)]))
+    assert same(trees.scale(3.0, space.unpack(ones)), space.unpack([3 * t for t in ones]))
+
+
 def test_dot_and_norm_run_over_all_coordinates() -> None:
     x, y = {"w": a, "n": 3, "p": (c,)}, {"w": t([10.0, 100.0]), "n": None, "p": (t(0.5),)}
     assert float(trees.dot(x, y)) == 10.0 + 200.0 + 3.0
