@@ -3,6 +3,7 @@
 from functional_hess import testing, tree
 from functional_hess.chunking import MemoryLimitError
 from functional_hess.guards import LowPrecisionWarning, MissingDerivativeError, RandomnessError
+from functional_hess.impurity import ImpurityError, ImpurityWarning
 from functional_hess.jacobians import jacfwd, jacrev
 from functional_hess.levels import DependenceError
 from functional_hess.modules import functionalize_module
@@ -54,6 +55,8 @@ __all__ = [
     "Record",
     "testing",
     "DependenceError",
+    "ImpurityError",
+    "ImpurityWarning",
     "LowPrecisionWarning",
     "MemoryLimitError",
     "MissingDerivativeError",

@@ -191,12 +191,12 @@ def settled(ladder: Ladder, compare: Callable[[Sequence[Slope]], Comparison], ru
 
 def slopes_at(f: Flat, x: Tensors, v: Tensors, shrink: float) -> list[Slope]:
     """The slope of every output of f at x along v, by the first step times ``shrink``."""
-    outputs = f(*x)
+    outputs = tuple(t.detach() for t in f(*x))
     eps = max(torch.finfo(t.dtype).eps for t in (*x, *outputs))
     h = eps**0.2 * shrink
 
     def at(t: float) -> Tensors:
-        return tuple(out.double() for out in f(*(p + t * d.to(p) for p, d in zip(x, v, strict=True))))
+        return tuple(out.detach().double() for out in f(*(p + t * d.to(p) for p, d in zip(x, v, strict=True))))
 
     center = tuple(out.double() for out in outputs)
     noise = 8 * eps * largest(center) / h

@@ -45,10 +45,12 @@ __all__ = [
     "MissingDerivativeError",
     "RandomnessError",
     "Replay",
+    "called_by_package",
     "missing_rule",
     "named_errors",
     "no_mode_left",
     "outside_frame",
+    "outside_place",
     "randomness_message",
     "value_and_gradient",
     "warn_of_low_precision",
@@ -76,7 +78,8 @@ _MISSING = tuple(
         r"You are attempting to call Tensor\.\w+\(\) .*functorch",
     )
 )
-_SOURCES = (str(Path(torch.__file__).parent), str(Path(__file__).parent), contextlib.__file__)
+_PACKAGE = str(Path(__file__).parent)
+_SOURCES = (str(Path(torch.__file__).parent), _PACKAGE, contextlib.__file__)
 
 
 # ---------------------------------------------------------------------------------------------------- missing rules
@@ -330,3 +333,19 @@ def outside_frame() -> int:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_SOURCES):
         level, frame = level + 1, frame.f_back
     return level
+
+
+def outside_place() -> str:
+    """``file:line`` of the innermost frame that is neither torch's nor ours."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_SOURCES):
+        frame = frame.f_back
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+
+
+def called_by_package() -> bool:
+    """Whether the caller of the caller, torch's own frames left out, is code of this package."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((_SOURCES[0], contextlib.__file__)):
+        frame = frame.f_back
+    return frame.f_code.co_filename.startswith(_PACKAGE)

@@ -27,7 +27,9 @@ __all__ = [
     "is_mapped_here",
     "is_outermost",
     "is_tracked",
+    "is_tracked_at",
     "is_watched",
+    "is_wrapped",
     "moves",
     "outside_transforms",
     "requires_grad_outside",
@@ -123,6 +125,17 @@ def requires_grad_outside(args: Iterable[Any]) -> bool:
 def is_tracked(t: Tensor) -> bool:
     """Whether ``t`` depends on the variables of the current reverse level."""
     return _functorch.maybe_get_level(t) == _functorch.current_level() and t.requires_grad
+
+
+def is_tracked_at(t: Tensor, level: int) -> bool:
+    """Whether ``t`` depends on the variables of the reverse level of that depth, whatever deeper transforms have made of it."""
+    t = at_depth(t, level)
+    return _functorch.maybe_get_level(t) == level and t.requires_grad
+
+
+def is_wrapped(t: Tensor, depth: int) -> bool:
+    """Whether ``t`` is of a transform deeper than ``depth``, and of no use outside it."""
+    return _functorch.is_functorch_wrapped_tensor(t) and _functorch.maybe_get_level(t) > depth
 
 
 def moves(outputs: Sequence[Tensor]) -> list[bool]:

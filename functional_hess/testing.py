@@ -40,6 +40,7 @@ from functional_hess.differences import (
     tolerances_for,
 )
 from functional_hess.guards import MissingDerivativeError, missing_rule, no_mode_left
+from functional_hess.impurity import value_watched
 from functional_hess.products import hvp
 from functional_hess.transforms import Bound, bind, grad, jvp, vjp
 from functional_hess.tree import Space, dot, norm
@@ -128,12 +129,13 @@ def check_derivatives(
         atol: absolute.
 
     Returns:
-        a :class:`Verdict`; inconclusive where f or a derivative has a kink within a step of the point. Costs five evaluations of
+        a :class:`Verdict`; inconclusive where f or a derivative has a kink within a step of the point. Costs six evaluations of
         f, and at order k about 5 * 3^(k-1) more, three times that where the first step leaves
         it open; when a law is broken, that for every leaf.
 
     Raises:
         LawError: a derivative is wrong.
+        ImpurityError: f does more than compute its value: see :mod:`functional_hess.impurity`.
         MissingDerivativeError: neither forward nor reverse mode has a rule.
         DependenceError: f does not depend on its arguments by differentiable operations.
 
@@ -151,6 +153,7 @@ def check_derivatives(
     chosen = "x" if isinstance(argnums, int) else "args"
     findings, draw = _Findings("check_derivatives"), drawn_by(generator)
     x = tuple(t.detach() for t in bound.x)
+    value_watched(bound.verb, bound.call, x, lambda leaf: bound.space.name_of(leaf, chosen))
     first = _floating_outputs(bound, x)
     wide = in_double(first, x)
     tolerances = tolerances_for(BY_DIFFERENCES, bound.space.dtypes, rtol, atol)
@@ -231,10 +234,10 @@ def _jvp_law(point: _Point, k: int, u: Tensors, v: Tensors, ladder: Ladder) -> N
 
 def _vjp_law(point: _Point, k: int, u: Tensors, v: Tensors, ladder: Ladder) -> None:
     outputs, pullback = vjp(point.f, *point.x)
-    gradients = {f"the {_title('vjp', k)}": (u, pullback(u))}
+    gradients = {f"the {_title('vjp', k)}": (u, _detached(pullback(u)))}
     if k == 1 and len(outputs) == 1 and outputs[0].dim() == 0:
         one = (torch.ones_like(outputs[0]),)
-        gradients["the grad of f"] = (one, grad(lambda p: point.f(*p)[0])(point.x))
+        gradients["the grad of f"] = (one, _detached(grad(lambda p: point.f(*p)[0])(point.x)))
     for law, (cotangent, gradient) in gradients.items():
         terms = [(g.double() * d.double()) for g, d in zip(gradient, v, strict=True)]
         compared = _compare_sums(terms, ladder, cotangent, point.tolerances)
@@ -242,6 +245,11 @@ def _vjp_law(point: _Point, k: int, u: Tensors, v: Tensors, ladder: Ladder) -> N
         if compared.wrong:
             place, worst = _worst_leaf(point, cotangent, v, terms, compared)
             raise point.findings.broken(_against_differences(law), place, worst)
+
+
+def _detached(tensors: Tensors) -> Tensors:
+    """Without the graphs that come from what f closes over."""
+    return tuple(t.detach() for t in tensors)
 
 
 def _against_differences(law: str) -> str:
@@ -323,6 +331,7 @@ def check_hessian(
 
     Raises:
         LawError: a law is broken.
+        ImpurityError: f does more than compute its value: see :mod:`functional_hess.impurity`.
         MissingDerivativeError: an op of f has a second derivative in no mode.
         DependenceError: f(x) does not depend on x by differentiable operations.
 
@@ -336,21 +345,25 @@ def check_hessian(
     bound = bind(verb, f, (x, *args), {}, 0)
     findings, draw, scalar = _Findings(verb), drawn_by(generator), bound.scalar()
     p = tuple(t.detach() for t in bound.x)
+    value_watched(verb, bound.call, p, bound.space.name_of)
     v, u = direction(bound.space, p, draw), direction(bound.space, p, draw)
 
     def value(point: Tensors) -> Tensor:
         return scalar(*point)[0]
 
     def gradient(*point: Tensor) -> Tensors:
-        return grad(value)(point)
+        return _detached(grad(value)(point))
+
+    def product(w: Tensors) -> Tensors:
+        return _detached(hvp(value, p, w))
 
     name = bound.space.name_of
-    Hv, Hu = hvp(value, p, v), hvp(value, p, u)
+    Hv, Hu = product(v), product(u)
     ladder = measured_along(gradient, in_double(gradient, p), v)
     by_differences = tolerances_for(BY_DIFFERENCES, bound.space.dtypes, rtol, atol)
     _compare_leaves(findings, "H v", Hv, ladder, by_differences, name)
     by_identity = tolerances_for(_BY_IDENTITY, bound.space.dtypes, rtol, atol)
-    _check_pairing(findings, "<u, H v> = <v, H u>", lambda w: hvp(value, p, w), (u, v), (Hv, Hu), by_identity, Space.of(p), name)
+    _check_pairing(findings, "<u, H v> = <v, H u>", product, (u, v), (Hv, Hu), by_identity, Space.of(p), name)
     _check_modes(findings, value, p, v, by_identity, name)
     return findings.verdict()
 
@@ -366,7 +379,7 @@ def _check_modes(
     products = []
     for mode in ("forward-over-reverse", "reverse-over-reverse"):
         try:
-            products.append(hvp(value, p, v, mode=mode))
+            products.append(_detached(hvp(value, p, v, mode=mode)))
         except MissingDerivativeError:
             findings.without_rule.append(mode)
     if len(products) < 2:

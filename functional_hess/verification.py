@@ -19,6 +19,9 @@ A random direction finds a wrong linear map with probability one. What is measur
 nothing elsewhere; a leaf whose share is below the tolerance goes unseen; and of ``hessian_diagonal`` and of chosen blocks only
 the leaves of one group of rows, drawn anew for each call, are held to their law.
 
+The first evaluation of f is watched besides: no difference can tell a function that takes numbers out of torch, or leaves
+something behind, from another that does not (:mod:`functional_hess.impurity`).
+
 Nothing here runs outside a ``checked()`` block, or in another thread than the one that opened it.
 """
 
@@ -57,11 +60,12 @@ from functional_hess.differences import (
     value_slopes,
 )
 from functional_hess.guards import Replay, missing_rule, out_of_memory
+from functional_hess.impurity import ImpurityError, ImpurityWarning, value_watched
 from functional_hess.levels import flat_plain_value_and_grad, flat_value_and_grad, is_outermost, repaired
 from functional_hess.transforms import Bound
 from functional_hess.tree import Piece, Space, flat, tensors_of
 
-__all__ = ["Check", "CheckedCall", "Record", "begin", "checked"]
+__all__ = ["Check", "CheckedCall", "Record", "begin", "checked", "unchecked"]
 
 Tensors = tuple[Tensor, ...]
 Scalar = Callable[..., tuple[Tensor, Any]]
@@ -140,6 +144,11 @@ def _within(blocks: tuple[_Block, ...]) -> Iterator[None]:
         _here.blocks = outside
 
 
+def unchecked() -> contextlib.AbstractContextManager[None]:
+    """Inside it nothing is verified: for an evaluation of f that is not the call's own, in which f may differentiate."""
+    return _within(())
+
+
 @contextlib.contextmanager
 def checked(*, generator: torch.Generator | None = None) -> Iterator[Record]:
     """Verify every second derivative computed inside against differences of the gradient, as ``detect_anomaly`` does with NaN.
@@ -156,12 +165,16 @@ def checked(*, generator: torch.Generator | None = None) -> Iterator[Record]:
     Yields:
         a :class:`Record` of the calls, each ``"right"``, ``"inconclusive"`` (as near a kink) or ``"not checked"``.
 
-    Each call costs 4 gradients and 2 values of f more. Rows from ``hessian_rows`` are verified chunk by chunk, before they are
+    Each call costs 4 gradients and 2 values of f more; one of the values keeps its graph until it is known, to see what f does
+    beside computing it (:mod:`functional_hess.impurity`). Rows from ``hessian_rows`` are verified chunk by chunk, before they are
     handed out. Only where a law is broken f is evaluated further, to name the leaf.
 
     Raises:
         LawError: a result is wrong. The message names the law, the leaf where the disagreement is largest, both numbers and the
             tolerance.
+        ImpurityError: f takes numbers out of a tensor that depends on x, computes a part of its value under ``no_grad``, writes
+            into a tensor that it did not make, or keeps one that depends on x. ``detach`` and narrowing casts on the way to the
+            value are an :class:`ImpurityWarning`.
 
     Example:
         >>> import torch
@@ -215,7 +228,7 @@ class _Probe:
         self.x = tuple(t.detach() for t in bound.x)
         self.gradients = self.values = 0
         self.widened = self.plainly = False
-        self.output = self._value(self.x)
+        self.output = self._first_value()
 
     @functools.cached_property
     def point(self) -> Tensors:
@@ -249,6 +262,14 @@ class _Probe:
 
     def moved(self, w: Tensors, t: float) -> Tensors:
         return tuple(p + (t * d).to(p.dtype) for p, d in zip(self.point, w, strict=True))
+
+    def _first_value(self) -> Any:
+        """f(x), watched for what f does beside; or as it is, where no level of torch.func can enter f."""
+        value, name = lambda *x: self.bound.split(x, self.has_aux)[0], self.bound.space.name_of
+        self.values += 1
+        watched = self._evaluated(lambda: value_watched(self.bound.verb, value, self.x, name))
+        self.plainly = watched is None
+        return self._value(self.x) if self.plainly else watched
 
     def _value(self, x: Tensors) -> Any:
         self.values += 1
@@ -286,7 +307,7 @@ class _Probe:
             with self.replay, _within(()), torch.no_grad(), in_double, repaired():
                 return evaluate()
         except Exception as error:
-            if out_of_memory(error):
+            if out_of_memory(error) or isinstance(error, (ImpurityError, ImpurityWarning)):
                 raise
             text = str(error).partition("\n")[0]
             raise _CannotMeasure(f"f raised {type(error).__name__} near x: {text}") from error

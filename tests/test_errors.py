@@ -288,6 +288,35 @@ def checked_wrong() -> None:
         fh.hvp(lambda x: Frozen.apply(x).sum(), W.double(), W.double(), mode="reverse-over-reverse")
 
 
+def in_checked(f: Callable[[Tensor], Tensor]) -> Callable[[Patch], Any]:
+    def call(_: Patch) -> None:
+        x = W.double()
+        with fh.checked():
+            fh.hvp(f, x, x)
+
+    return call
+
+
+def scaled_without_grad(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        scale = x.exp()
+    return (x * scale).sum()
+
+
+RUNNING = torch.zeros(2, dtype=torch.float64)
+NORM = nn.BatchNorm1d(2, track_running_stats=True).double()
+HELD: list[Tensor] = []
+
+
+def held(x: Tensor) -> Tensor:
+    HELD[:] = [x**3]
+    return HELD[0].sum()
+
+
+def normed_by_statistics(x: Tensor) -> Tensor:
+    return nn.functional.batch_norm(x[:, None] * x, RUNNING, torch.ones(2).double(), training=True).square().sum()
+
+
 def unknown_pattern(patch: Patch) -> None:
     patch.setattr("functional_hess.sparsity.LARGEST_FULL", 3)
     x = (W.double(),)
@@ -1161,6 +1190,52 @@ ROWS: dict[str, list[Row]] = {
             "hvp: H v along a random direction disagrees with central differences: at x got 0, expected 24; the "
             "largest disagreement there is 24, more than the tolerance ....",
             lambda _: checked_wrong(),
+        ),
+        Row(
+            ".item()",
+            fh.ImpurityError,
+            "hvp: f takes numbers out of a tensor that depends on x by .item() (at test_errors.py:...); they are constants for "
+            "derivatives. Compute with the tensor itself; what is only to be shown, return as aux (has_aux=True), or detach it "
+            "first.",
+            in_checked(lambda x: (x**3).sum() * x[0].item()),
+        ),
+        Row(
+            "exp under no_grad",
+            fh.ImpurityError,
+            "hvp: the value of f depends on x through exp under no_grad (at test_errors.py:...), which one mode of "
+            "differentiation takes for a constant and another does not. Move it out of the no_grad block, or write .detach() if "
+            "a constant is meant.",
+            in_checked(scaled_without_grad),
+        ),
+        Row(
+            "its argument x",
+            fh.ImpurityError,
+            "hvp: f writes into its argument x (mul_, at test_errors.py:...), so its next evaluation is at another point. Write "
+            "into a clone.",
+            in_checked(doubled_in_place),
+        ),
+        Row(
+            "the captured buffer NORM.num_batches_tracked",
+            fh.ImpurityError,
+            "hvp: f writes into the captured buffer NORM.num_batches_tracked (add_, at test_errors.py:...), so each evaluation "
+            "may be of another function. Take apply, params, buffers = functionalize_module(module), which clones its buffers, "
+            "or call module.eval().",
+            in_checked(lambda x: NORM(x[:, None] * x).square().sum()),
+        ),
+        Row(
+            "the captured RUNNING",
+            fh.ImpurityError,
+            "hvp: f writes into the captured RUNNING (batch_norm, at test_errors.py:...), so each evaluation may be of another "
+            "function. Make the tensor inside f, clone it there, or return its new values as aux (has_aux=True).",
+            in_checked(normed_by_statistics),
+        ),
+        Row(
+            "a tensor that depends on x",
+            fh.ImpurityError,
+            "hvp: f keeps a tensor that depends on x, of shape (2,) (pow, at test_errors.py:...), in a list, cache or "
+            "attribute: it is of no use outside the transform, and what f does with it next time is not its value at x. "
+            "Return it as aux (has_aux=True), or keep a detached copy of what does not depend on x.",
+            in_checked(held),
         ),
         Row(
             "order",

@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("repairs", "differences", "index_sets"),
     ("levels", "connections"),
     ("guards",),
-    ("transforms",),
+    ("transforms", "impurity"),
     ("jacobians", "chunking", "prepared", "modules"),
     ("verification",),
     ("products",),
