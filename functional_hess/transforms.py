@@ -384,8 +384,8 @@ def linearize(f: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., 
     through the graph of the pullback; f itself ran once. Unlike ``torch.func.linearize`` it composes with every transform.
 
     Returns:
-        ``(out, pushforward)``; ``pushforward(*tangents)`` is a tree like ``out``, ``None`` in the place of carried leaves. The graph
-        of the pullback is kept as long as the pushforward lives.
+        ``(out, pushforward)``; ``pushforward(*tangents)`` is a tree like ``out``, ``None`` in the place of carried leaves. The
+        graph of the pullback is kept as long as the pushforward lives.
 
     Raises:
         ValueError: a tangent differs from its primal in structure, shape, dtype or device; the leaf is named.
