@@ -34,7 +34,7 @@ from functional_hess.tree import Space
 __all__ = ["Colored", "color", "colored_blocks", "colored_diagonal"]
 
 Tensors = tuple[Tensor, ...]
-WORTH_A_LOOK = 32 * MIB  # bytes that rows would write, some milliseconds
+WORTH_A_LOOK = 128 * MIB  # bytes that rows would write, some tens of milliseconds
 FEW = 1 / 8  # of the entries may differ from zero, and as many products as this part of the rows may be taken
 PROOF = 12  # bytes that the watched product takes at its peak for one of the intermediate results of f
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # of the certificate, as a part of |H| |v|

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from functional_hess.chunking import (
     FEWEST_FOR_SPEED,
@@ -201,6 +202,8 @@ def rows_only(problem: Problem, args: Sequence[Any]) -> str:
         return "an option says how rows are computed"
     if not is_outermost():
         return "a transform is outside"
+    if get_proxy_mode() is not None:
+        return "the call is being traced, for other numbers too"
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors_of(tuple(args))[0]):
         return "an argument requires grad"
     if len({(t.dtype, t.device) for t in x}) != 1 or torch.finfo(x[0].dtype).bits < 32:

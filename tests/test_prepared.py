@@ -9,7 +9,20 @@ import textwrap
 import pytest
 import torch
 
-from functional_hess import grad, hessian, hessian_diagonal, hvp, jacfwd, jacrev, prepare, vmap
+from functional_hess import (
+    colored,
+    empirical_risk,
+    explain,
+    grad,
+    hessian,
+    hessian_diagonal,
+    hvp,
+    jacfwd,
+    jacrev,
+    lifting,
+    prepare,
+    vmap,
+)
 from functional_hess.prepared import PrepareError
 from tests import oracles
 
@@ -245,3 +258,26 @@ def test_functions_that_kill_a_tracing_process_are_prepared(kind):
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+# Structure ---------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_lifted_or_colored_is_prepared_by_rows(monkeypatch):
+    """What a call proves of its own numbers is no basis for other numbers."""
+    monkeypatch.setattr(lifting, "WORTH_A_PROOF", 0)
+    monkeypatch.setattr(colored, "WORTH_A_LOOK", 0)
+    X, w = points(8, 5), points(5, 4, seed=1)
+
+    def network(w):
+        return torch.tanh(X @ w).square().sum()
+
+    def chain(x):
+        return (x[1:] * x[:-1] ** 3).sum()
+
+    risk = empirical_risk(lambda w, x: torch.tanh(x @ w).square().sum())
+    for route, f, args in (("lifted", network, (w,)), ("lifted", risk, (w, X)), ("colored", chain, (points(40),))):
+        assert explain(hessian(f), *args).route == route
+        prepared = prepare(hessian(f), *args)
+        moved = (2 * args[0], *args[1:])
+        torch.testing.assert_close(prepared(*moved), hessian(f)(*moved), rtol=1e-11, atol=1e-12)
