@@ -2,6 +2,7 @@
 
 from functional_hess import testing, tree
 from functional_hess.chunking import MemoryLimitError
+from functional_hess.extrapolation import FiniteDifferenceWarning
 from functional_hess.guards import LowPrecisionWarning, MissingDerivativeError, RandomnessError
 from functional_hess.impurity import ImpurityError, ImpurityWarning
 from functional_hess.jacobians import jacfwd, jacrev
@@ -55,6 +56,7 @@ __all__ = [
     "Record",
     "testing",
     "DependenceError",
+    "FiniteDifferenceWarning",
     "ImpurityError",
     "ImpurityWarning",
     "LowPrecisionWarning",

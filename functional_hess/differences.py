@@ -40,6 +40,7 @@ __all__ = [
     "Line",
     "LawError",
     "Slope",
+    "agree",
     "along",
     "comparison",
     "direction",
@@ -161,6 +162,16 @@ def in_double(f: Flat, x: Tensors) -> Tensors:
     except (RuntimeError, TypeError, ValueError):
         return x
     return wide
+
+
+def agree(narrow: Sequence[Tensor], wide: Sequence[Tensor], eps: float) -> bool:
+    """Whether floating results rounded to ``eps`` are those of float64, to half of their digits."""
+    rtol = eps**0.5
+    return len(narrow) == len(wide) and all(
+        a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol, rtol * largest([a]), equal_nan=True)
+        for a, b in zip(narrow, wide, strict=True)
+        if a.is_floating_point()
+    )
 
 
 def measured_along(f: Flat, x: Tensors, v: Tensors) -> Ladder:

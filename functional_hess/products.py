@@ -5,7 +5,7 @@ With g = grad f, the product H v at x is computed as
     forward-over-reverse    H v = d/dt g(x + t v) at t = 0                 jvp(grad(f))
     reverse-over-reverse    H v = d/dx <g(x), v>                           vjp(grad(f)), the graph of g kept for many v
     double-backward         the same by plain autograd, for what no torch.func level can enter
-    finite-difference       H v = (8 (g(x+hv) - g(x-hv)) - (g(x+2hv) - g(x-2hv))) / 12h, on request only
+    finite-difference       H v by extrapolated differences of g (functional_hess.extrapolation), on request only
 
 ``mode="auto"`` takes the first of a chain that has a rule for every op. For one product the chain begins forward-over-reverse,
 which keeps no graph. For many products at one point (rows of the Hessian) it begins reverse-over-reverse: the gradient's graph
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functional_hess.extrapolation import ByDifferences, warn_of_doubt
 from functional_hess.guards import (
     RandomnessError,
     Replay,
@@ -75,7 +76,7 @@ def product_at(f: Scalar, x: Tensors, mode: str, rows: Sequence[int], columns: S
         linear = flat_double_backward(f, x, rows, columns, verb=verb)
         return lambda v: linear(_filled(x, rows, v))
     if mode == FINITE_DIFFERENCE:
-        return _finite_difference(f, x, columns, verb)
+        return ByDifferences(f, x, columns, verb)
     raise no_such_mode(verb, mode)
 
 
@@ -120,29 +121,6 @@ def _reverse_over_reverse(f: Scalar, x: Tensors, rows: Sequence[int], columns: S
 
     _, pullback, _ = flat_vjp(gradient, tuple(x[leaf] for leaf in columns))
     return lambda v: pullback(_filled(x, rows, v))
-
-
-def _finite_difference(f: Scalar, x: Tensors, columns: Sequence[int], verb: str) -> Product:
-    """Central differences of the gradient at two steps, extrapolated: the error is of order h^4."""
-
-    def gradient(moved: dict[int, Tensor], h: Tensor) -> Tensors:
-        point = tuple(t + h.to(t) * moved[i] if i in moved else t for i, t in enumerate(x))
-        return value_and_gradient(f, point, verb, columns)[1]
-
-    def product(v: dict[int, Tensor]) -> Tensors:
-        h = _step(x, v)
-        near, far = [[a - b for a, b in zip(gradient(v, m * h), gradient(v, -m * h), strict=True)] for m in (1, 2)]
-        return tuple(((8 * a - b) / (12 * h)).to(a.dtype) for a, b in zip(near, far, strict=True))
-
-    return product
-
-
-def _step(x: Tensors, v: dict[int, Tensor]) -> Tensor:
-    """h = eps^(1/5) max(1, |x|) / |v|, where truncation h^4 and rounding eps/h balance."""
-    eps = max(torch.finfo(x[leaf].dtype).eps for leaf in v)
-    size = torch.stack([t.detach().abs().max() for leaf, t in enumerate(x) if leaf in v and t.numel()] or [torch.ones(())])
-    length = torch.stack([t.detach().abs().max().double() for t in v.values() if t.numel()] or [torch.ones(())])
-    return eps**0.2 * size.double().max().clamp(min=1) / length.max().clamp(min=torch.finfo(torch.float64).tiny)
 
 
 def rows_of(product: Product, mode: str, v: dict[int, Tensor], randomness: str = "error") -> Tensors:
@@ -304,13 +282,15 @@ def _both(
     warn_of_low_precision(verb, bound.space)
     check = begin(bound, has_aux, randomness)
     scalar, every_leaf = bound.scalar(has_aux), bound.space if strict else None
+    used: list[Product] = []
 
     def attempt(candidate: str) -> tuple[Tensors | None, Tensors, Any]:
         replay.rewind()
         if candidate == FORWARD_OVER_REVERSE:
             return _one_pass(bound, scalar, tangents, every_leaf)
         leaves = tuple(bound.space.leaves)
-        product = product_at(replay.each(scalar), bound.x, candidate, leaves, leaves, verb=verb)(tangents)
+        linear = product_at(replay.each(scalar), bound.x, candidate, leaves, leaves, verb=verb)
+        product, used[:] = linear(tangents), [linear]
         if not (with_gradient or has_aux or strict):
             return None, product, None
         replay.rewind()
@@ -320,6 +300,8 @@ def _both(
     with Replay(randomness, bound.x, verb) as replay:
         gradient, product, aux = first_mode_that_works(verb, f, bound.x, mode, ONE_PRODUCT, attempt)
         replay.finish(bound.call, bound.x)
+    for linear in used:
+        warn_of_doubt(linear, bound.space)
     if check:
         check.product(tangents, product, gradient)
     return bound.space.unpack(plain(gradient)) if with_gradient else None, bound.space.unpack(plain(product)), aux

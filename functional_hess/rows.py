@@ -31,6 +31,7 @@ from functional_hess.chunking import (
     progress_bar,
     survey,
 )
+from functional_hess.extrapolation import ByDifferences, Estimated, warn_of_doubt
 from functional_hess.guards import (
     MissingDerivativeError,
     Replay,
@@ -355,15 +356,17 @@ def evaluate(plan: Plan) -> Iterator[Chunk]:
                 advance(sum(map(len, pieces)))
 
 
-def try_one_row(plan: Plan) -> tuple[str, tuple[str, ...]]:
-    """The mode in which the first row of a plan could be computed, and the ops that were repaired on the way."""
+def try_one_row(plan: Plan) -> tuple[str, tuple[str, ...], Estimated | None]:
+    """The mode in which the first row of a plan could be computed, the ops that were repaired on the way, and by differences
+    what is thought of the row."""
     group = plan.groups[0]
     first = Piece(group.pieces[0].leaf, group.pieces[0].indices[:1])
     with repaired(fresh=True) as used, plan.problem.replay() as replay:
         runner = _Runner(plan.problem, replay)
         runner.enter(group)
         mode, _ = runner.rows(plan.problem.space.one_hot([first]))
-    return mode, tuple(sorted(used))
+    product = runner.products.get(mode)
+    return mode, tuple(sorted(used)), product.worst if isinstance(product, ByDifferences) else None
 
 
 class _Runner:
@@ -388,6 +391,7 @@ class _Runner:
         """The rows of ``pieces``, which are of the group entered."""
         with self.replay:
             mode, values = self.rows(self.problem.space.one_hot(pieces))
+        warn_of_doubt(self.products.get(mode), self.problem.space)
         return Chunk(pieces, self.group.columns, values, mode in BY_COLUMNS)
 
     def rows(self, v: dict[int, Tensor]) -> tuple[str, Tensors]:

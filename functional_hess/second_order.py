@@ -29,11 +29,13 @@ from torch import Tensor
 from functional_hess.blocks import Blocks, require_out
 from functional_hess.chunking import NOT_WORTH_ASKING, WORKING_SET, megabytes, progress_bar
 from functional_hess.colored import Colored, color, colored_blocks, colored_diagonal
+from functional_hess.extrapolation import warn_of_doubt
 from functional_hess.guards import value_and_gradient
 from functional_hess.lifting import Lift, lift, lifted_blocks, lifted_diagonal, repairs_of
 from functional_hess.nesting import derived_from, is_outermost
 from functional_hess.products import (
     DOUBLE_BACKWARD,
+    FINITE_DIFFERENCE,
     FORWARD_OVER_REVERSE,
     MANY_PRODUCTS,
     REVERSE_OVER_REVERSE,
@@ -522,12 +524,14 @@ def _dense_of_each_output(plan: Plan) -> Tree:
             return torch.stack([(a * values[i]).sum() for i, a in zip(units, u, strict=True)]).sum(), None
 
         product = product_at(replay.each(contracted), problem.bound.x, mode, leaves, leaves, verb=problem.verb)
-        return rows_of(product, mode, v, options.randomness)
+        values = rows_of(product, mode, v, options.randomness)
+        warn_of_doubt(product, space)
+        return values
 
     def attempt(mode: str) -> tuple[str, Tensors]:
         replay.rewind()
         run = functools.partial(rows, mode, v)
-        if mode == DOUBLE_BACKWARD:
+        if mode in (DOUBLE_BACKWARD, FINITE_DIFFERENCE):
             each = [run(*u) for u in zip(*units.values(), strict=True)]
             return mode, tuple(torch.stack(column) for column in zip(*each, strict=True))
         return mode, flat_vmap(run, randomness=options.randomness)(*units.values())
@@ -568,7 +572,11 @@ def _vector_blocks(space: Space, outputs: Space, o: int, whole: Sequence[Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What a call would do; printable. Sizes are bytes."""
+    """What a call would do; printable. Sizes are bytes.
+
+    ``row_error`` is the estimated error of the first row and ``row_size`` its largest entry; both are ``None`` but in mode
+    ``"finite-difference"``.
+    """
 
     verb: str
     dim: int
@@ -582,16 +590,22 @@ class Explanation:
     output_bytes: int
     working_bytes: float
     estimate: str
+    row_error: float | None = None
+    row_size: float | None = None
 
     def __str__(self) -> str:
-        lines = (
+        lines = [
             ("rows", f"{self.rows:,} of {self.dim:,} coordinates, route {self.route}"),
             ("mode", self.mode),
             ("repairs", ", ".join(self.repairs) or "none needed"),
             ("chunks", f"{self.chunks:,} of up to {self.chunk_size:,} rows, in {self.groups} groups of leaves"),
             ("result", megabytes(self.output_bytes)),
             ("working set", f"{megabytes(self.working_bytes)} ({self.estimate})"),
-        )
+        ]
+        if self.row_error is not None:
+            lines.append(
+                ("error", f"estimated {self.row_error:.1e} in the first row, whose largest entry is {self.row_size:.3g}")
+            )
         return "\n".join([self.verb, *(f"  {name:<12}{text}" for name, text in lines)])
 
 
@@ -627,7 +641,8 @@ def explain(transformed: Callable[..., Any], *args: Any, **kwargs: Any) -> Expla
     if isinstance(plan, Colored):
         return _explained_coloring(plan)
     problem = plan.problem
-    mode, repairs = try_one_row(plan if problem.is_scalar else _of_the_sum(plan)) if plan.groups else (problem.options.mode, ())
+    row = try_one_row(plan if problem.is_scalar else _of_the_sum(plan)) if plan.groups else (problem.options.mode, (), None)
+    mode, repairs, by_differences = row
     estimate = plan.estimate
     if mode == REVERSE_OVER_REVERSE and problem.is_scalar and is_outermost():
         spare = max(plan.estimate.working(plan.chunk), NOT_WORTH_ASKING if problem.options.memory_limit is None else 0)
@@ -645,6 +660,8 @@ def explain(transformed: Callable[..., Any], *args: Any, **kwargs: Any) -> Expla
         output_bytes=plan.output,
         working_bytes=estimate.working(plan.chunk),
         estimate=estimate.source,
+        row_error=by_differences.error if by_differences else None,
+        row_size=by_differences.size if by_differences else None,
     )
 
 

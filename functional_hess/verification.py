@@ -47,6 +47,7 @@ from functional_hess.differences import (
     LawError,
     Line,
     Slope,
+    agree,
     along,
     comparison,
     direction,
@@ -239,19 +240,11 @@ class _Probe:
             second = self._value(wide)
         except _CannotMeasure:
             second = None
-        if second is not None and self._agree(second):
+        eps = max(torch.finfo(t.dtype).eps for t in self.x)
+        if second is not None and agree(tensors_of(self.output)[0], tensors_of(second)[0], eps):
             return wide
         self.widened = False
         return self.x
-
-    def _agree(self, second: Any) -> bool:
-        narrow, wide = tensors_of(self.output)[0], tensors_of(second)[0]
-        rtol = max(torch.finfo(t.dtype).eps for t in self.x) ** 0.5
-        return len(narrow) == len(wide) and all(
-            a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol, rtol * largest([a]), equal_nan=True)
-            for a, b in zip(narrow, wide, strict=True)
-            if a.is_floating_point()
-        )
 
     @property
     def eps(self) -> float:

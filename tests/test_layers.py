@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("repairs", "differences", "index_sets"),
     ("levels", "connections"),
     ("guards",),
-    ("transforms", "impurity"),
+    ("transforms", "impurity", "extrapolation"),
     ("jacobians", "chunking", "prepared", "modules"),
     ("verification",),
     ("products",),
