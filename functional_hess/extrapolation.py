@@ -111,7 +111,7 @@ class Estimated:
         for old, old_doubt, new, new_doubt in zip(self.product, self.doubts, by.product, by.doubts, strict=True):
             vanished = old_doubt.isfinite() & (2 * new.abs() < old.abs())
             told = torch.where(vanished, (new - old).abs() - _PATIENCE * old_doubt, 0.0)
-            doubt = torch.maximum(new_doubt, told.nan_to_num(nan=torch.inf))
+            doubt = torch.maximum(new_doubt, told)
             product.append(torch.where(doubt < old_doubt, new, old))
             doubts.append(torch.minimum(doubt, old_doubt))
         both = Estimated(tuple(product), tuple(doubts), by.step, by.noise)
@@ -270,6 +270,10 @@ def _extrapolated(D: Sequence[Tensors]) -> tuple[Tensors, Tensors]:
     return tuple(fine), tuple((256 * near - far) / 255 for far, near in zip(coarse, fine, strict=True))
 
 
+def _infinite_at_nan(t: Tensor) -> Tensor:
+    return torch.where(t.isnan(), torch.inf, t)
+
+
 def _constant_part(B: Sequence[Tensor]) -> Tensor:
     """b_0 of b_0 + b_1 h + b_3 h^3, by three steps."""
     coarse, fine = ((4 * near - far) / 3 for far, near in (B[:2], B[1:]))
@@ -286,5 +290,5 @@ def _estimated(window: Sequence[_Quotient], eps: float) -> Estimated:
         moved = (near - middle).abs()
         truncation = torch.where(8 * moved > (middle - far).abs(), moved, (two - one).abs())
         jump = _constant_part([q.odd[leaf] for q in window]).abs()
-        doubts.append((truncation + jump + noise).nan_to_num(nan=torch.inf))
+        doubts.append(_infinite_at_nan(truncation + jump + noise + 0 * two))
     return Estimated(second, tuple(doubts), last.step, noise)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -137,3 +137,214 @@ def test_the_true_error_is_below_ten_times_the_estimate_and_the_estimate_is_no_e
     assert linear.worst is not None
     assert error <= 10 * linear.worst.error
     assert linear.worst.relative <= TRIALS[name].relative
+
+
+def test_on_a_staircase_of_rounding_no_vanishing_slope_is_believed() -> None:
+    """1 - s(1 - s) near s = 1 is rounded to multiples of 1e-16, which small steps do not see."""
+    error, linear = estimated(TRIALS["a steep step"], RANDOM)
+    assert error <= linear.worst.error if linear.worst else False
+
+
+@pytest.mark.filterwarnings("ignore::functional_hess.LowPrecisionWarning")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_product_is_as_accurate_as_its_dtype_and_no_better_than_it_says(dtype: torch.dtype) -> None:
+    f, x, v = TRIALS["rosenbrock"].f, X.to(dtype), RANDOM.to(dtype)
+    product = fh.hvp(f, x, v, mode=DIFFERENCE)
+    truth = product_by_double_backward(f, x.double(), v.double())
+    assert product.dtype == dtype
+    assert float((product.double() - truth).abs().max() / truth.abs().max()) < max(torch.finfo(dtype).eps, 1e-12)
+
+
+def test_float32_is_better_than_by_its_own_derivatives() -> None:
+    """The gradient is evaluated in float64, constants that f holds included."""
+    wide, narrow = (
+        network(
+            lambda: nn.Sequential(nn.Linear(3, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 2)),
+            numbers(20, 3).float(),
+            dtype=dtype,
+        )
+        for dtype in (torch.float64, torch.float32)
+    )
+    v = {name: numbers(*t.shape, seed=7).float() for name, t in narrow.x.items()}
+    x64, v64 = ({name: t.double() for name, t in tree.items()} for tree in (narrow.x, v))
+    truth = fh.hvp(wide.f, x64, v64, mode="double-backward")
+    by_differences, by_derivatives = (fh.hvp(narrow.f, narrow.x, v, mode=mode) for mode in (DIFFERENCE, "auto"))
+    assert relative_error(by_differences, truth) < 6e-8 < relative_error(by_derivatives, truth)
+
+
+def test_a_function_of_another_precision_is_evaluated_in_its_own() -> None:
+    """What it returns in float64 is not its value: it has no say."""
+    x = X.float()
+    linear = ByDifferences(lambda x: (F.gelu(x).sum() if x.dtype == torch.float32 else x.sum(), None), (x,), (0,), "hvp")
+    assert not linear.widened and linear.x[0].dtype == torch.float32
+
+
+# Where the estimate is heard ------------------------------------------------------------------------------------------
+
+
+KINKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "square of relu": lambda x: (F.relu(near(0.0)(x)) ** 2).sum() + (x**3).sum(),
+    "square of relu, seen from its flat side": lambda x: (F.relu(near(0.0)(x)) ** 2)[0] + x.prod(),
+    "x |x|, whose central differences all are 0": lambda x: (near(0.0)(x) * near(0.0)(x).abs()).sum(),
+    "an inner loop that stops early": lambda x: root_by_bisection(x),
+    "noise": lambda x: (x**3).sum() * (1 + 1e-7 * torch.sin(1e9 * x.detach().sum())),
+    "an end of the domain": lambda x: near(0.0)(x).sqrt().sum() + (x**3).sum(),
+    "float32 inside": TRIALS["float32 inside"].f,
+}
+
+
+def root_by_bisection(x: Tensor) -> Tensor:
+    """sum of z^2 with z^3 + z = x, z known to 1e-5 alone."""
+    z = torch.zeros_like(x)
+    for _ in range(4):
+        z = (z - (z**3 + z - x) / (3 * z**2 + 1)).detach()
+    z = (z * 1e5).round() / 1e5
+    z = z - (z**3 + z - x) / (3 * z**2 + 1).detach()
+    return (z**2).sum()
+
+
+CALLS: dict[str, Callable[..., Any]] = {
+    "hvp": lambda f, x: fh.hvp(f, x, RANDOM, mode=DIFFERENCE),
+    "grad_and_hvp": lambda f, x: fh.grad_and_hvp(f, x, RANDOM, mode=DIFFERENCE),
+    "hessian": lambda f, x: fh.hessian(f, mode=DIFFERENCE)(x),
+    "hessian_rows": lambda f, x: [*fh.hessian_rows(f, mode=DIFFERENCE)(x)],
+    "hessian_blocks": lambda f, x: fh.hessian_blocks(f, mode=DIFFERENCE)(x),
+    "hessian_diagonal": lambda f, x: fh.hessian_diagonal(f, mode=DIFFERENCE)(x),
+    "hessian of two outputs": lambda f, x: fh.hessian(lambda x: torch.stack([x.sum(), f(x)]), mode=DIFFERENCE)(x),
+}
+every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+
+
+@pytest.mark.parametrize("name", KINKS)
+def test_a_kink_or_noise_is_warned_of_with_the_remedy(name: str) -> None:
+    with pytest.warns(
+        fh.FiniteDifferenceWarning, match=r"hvp: mode='finite-difference': .*at x, .*kink at x or is rough.*smooth f"
+    ):
+        fh.hvp(KINKS[name], X, RANDOM, mode=DIFFERENCE)
+
+
+@every_call
+def test_every_call_warns_once_and_what_is_right_is_no_reason(call: Callable[..., Any]) -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        call(KINKS["square of relu"], X)
+    assert {w.category for w in told} == {fh.FiniteDifferenceWarning} and Path(told[0].filename) == Path(__file__)
+    assert len(told) == 1 or "two outputs" in str(call)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(TRIALS["rosenbrock"].f, X)
+
+
+def test_the_leaf_of_the_kink_is_named() -> None:
+    x = {"smooth": X, "kinked": 2 * X}
+    v = {"smooth": RANDOM, "kinked": RANDOM}
+    with pytest.warns(fh.FiniteDifferenceWarning, match=r"an estimated error of \S+ at x\['kinked'\], more"):
+        fh.hvp(lambda x: (x["smooth"] ** 3).sum() + (F.relu(near(0.0)(x["kinked"] / 2)) ** 2).sum(), x, v, mode=DIFFERENCE)
+
+
+def test_the_estimate_is_logged_and_explained(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, logger="functional_hess"):
+        fh.hvp(TRIALS["quartic"].f, X, RANDOM, mode=DIFFERENCE)
+    assert any("estimated error" in record.message and "7 gradients so far" in record.message for record in caplog.records)
+    plan = fh.explain(fh.hessian(TRIALS["quartic"].f, mode=DIFFERENCE), X)
+    assert plan.row_error is not None and plan.row_size is not None and plan.row_error < 1e-11 * plan.row_size
+    assert abs(plan.row_size - 12 * float(X[0]) ** 2) < 1e-9
+    assert "estimated" in str(plan).splitlines()[-1] and "estimated" not in str(fh.explain(fh.hessian(TRIALS["quartic"].f), X))
+
+
+def test_random_functions_are_refused_as_such() -> None:
+    with pytest.raises(fh.RandomnessError):
+        fh.hvp(lambda x: F.dropout(x**3, 0.5).sum(), X, RANDOM, mode=DIFFERENCE)
+
+
+# What it costs --------------------------------------------------------------------------------------------------------
+
+
+def gradients_of(call: Callable[[Callable[[Tensor], Tensor]], Any], f: Callable[[Tensor], Tensor]) -> int:
+    calls = []
+
+    def counted(x: Tensor) -> Tensor:
+        calls.append(1)
+        return f(x)
+
+    call(counted)
+    return len(calls)
+
+
+def test_a_product_costs_seven_gradients_and_each_further_one_at_the_point_six() -> None:
+    smooth = TRIALS["quartic"].f
+    assert gradients_of(lambda f: fh.hvp(f, X, RANDOM, mode=DIFFERENCE), smooth) == 7
+    assert gradients_of(lambda f: fh.hvp(f, X.float(), RANDOM.float(), mode=DIFFERENCE), smooth) == 8
+    rows = gradients_of(lambda f: fh.hessian(f, mode=DIFFERENCE)(X), smooth)
+    one = gradients_of(lambda f: [*fh.hessian_rows(f, rows=[0], mode=DIFFERENCE)(X)], smooth)
+    assert rows - one == 5 * 6
+
+
+SMOOTH = [name for name, trial in TRIALS.items() if trial.dtype == torch.float64 and not trial.exact]
+
+
+def test_a_function_that_varies_fast_costs_two_gradients_a_step_more_and_a_kink_all_steps() -> None:
+    cost = {name: gradients_of(lambda f: fh.hvp(f, X, RANDOM, mode=DIFFERENCE), TRIALS[name].f) for name in SMOOTH}
+    assert cost["of wavelength 1/20"] == 13
+    assert min(cost.values()) == 7 and max(cost.values()) <= 21
+    with pytest.warns(fh.FiniteDifferenceWarning):
+        assert gradients_of(lambda f: fh.hvp(f, X, RANDOM, mode=DIFFERENCE), KINKS["square of relu"]) == 21
+
+
+# Where it stands ------------------------------------------------------------------------------------------------------
+
+
+def test_inside_other_transforms_there_are_three_steps_and_no_estimate() -> None:
+    f, xs = TRIALS["product"].f, numbers(4, 6)
+    truth = torch.stack([product_by_double_backward(f, x, RANDOM) for x in xs])
+    assert relative_error(fh.vmap(lambda x: fh.hvp(f, x, RANDOM, mode=DIFFERENCE))(xs), truth) < 1e-8
+    third = fh.grad(lambda x: fh.hvp(lambda x: (x**4).sum(), x, RANDOM, mode=DIFFERENCE).sum())(X)
+    assert relative_error(third, 24 * X * RANDOM) < 1e-8
+    prepared = fh.prepare(lambda x: fh.hvp(f, x, RANDOM, mode=DIFFERENCE), X)
+    assert relative_error(prepared(xs[0]), truth[0]) < 1e-8
+
+
+def test_a_tangent_of_zeros_and_empty_leaves_have_products_of_zeros() -> None:
+    x = {"a": X, "b": torch.zeros(0, dtype=torch.float64)}
+    product = fh.hvp(lambda x: (x["a"] ** 3).sum() + x["b"].sum(), x, {"a": 0 * X, "b": x["b"]}, mode=DIFFERENCE)
+    assert relative_error(product, {"a": 0 * X, "b": x["b"]}) == 0
+    assert (
+        relative_error(fh.hvp(lambda x: x.sum() ** 2, torch.zeros(3), torch.ones(3), mode=DIFFERENCE), 6 * torch.ones(3)) < 1e-6
+    )
+
+
+WITHOUT_A_RULE = [
+    *(f"{loss}[{reduction}]" for loss in ("multi_margin_loss", "multi_margin_loss p=2") for reduction in ("none", "mean", "sum")),
+    *(f"multilabel_margin_loss[{reduction}]" for reduction in ("none", "mean", "sum")),
+    *("ctc_loss[mean]", "ctc_loss[sum]", "hardsigmoid", "pdist", "attention", "attention causal"),
+    *(f"embedding_bag {kind}" for kind in ("sum", "mean", "max", "weighted")),
+    *("cdist", "cdist p=1", "cdist p=3", "cdist p=inf", "segment_reduce sum", "segment_reduce max"),
+]
+LEFT = [name for name in WITHOUT_A_RULE if name.startswith(("ctc_loss", "segment_reduce"))]
+
+
+@pytest.mark.parametrize("name", WITHOUT_A_RULE)
+def test_where_no_mode_has_a_rule_differences_are_right(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(levels, "REPAIRS", {})
+    monkeypatch.setattr(levels, "FIRST_ORDER_REPAIRS", frozenset())
+    case = next(cases.cases(name))
+    wide, narrow = (problem_of(case, "curved", dtype) for dtype in (torch.float64, torch.float32))
+    truth = truth_of(wide, narrow)
+    for problem in (wide, narrow):
+        x = problem.x
+        v = tuple(numbers(*t.shape, seed=k).to(t.dtype) for k, t in enumerate(x))
+        with pytest.raises(fh.MissingDerivativeError):
+            fh.hvp(lambda x, f=problem.f: f(*x), x, v)
+        product = fh.hvp(lambda x, f=problem.f: f(*x), x, v, mode=DIFFERENCE)
+        flat = torch.cat([t.reshape(-1) for t in product])
+        along = torch.cat([t.reshape(-1) for t in v]).double()
+        verdict, told = compare(flat, truth, flat.dtype, along)
+        assert verdict == "right", told
+
+
+def test_there_are_two_dozen_of_them_and_repairs_leave_few() -> None:
+    assert len(WITHOUT_A_RULE) >= 24
+    for name in LEFT:
+        problem = problem_of(next(cases.cases(name)), "curved", torch.float64)
+        with pytest.raises(fh.MissingDerivativeError, match="or pass mode='finite-difference'"):
+            fh.hvp(lambda x, f=problem.f: f(*x), problem.x, problem.x)
