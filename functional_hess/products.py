@@ -197,8 +197,8 @@ def hvp(
         v: a tree like x; ``None`` at carried leaves.
         args: further arguments of f.
         mode: ``"auto"`` or one of ``MODES``: see this module's docstring. ``"finite-difference"`` is for an op without a rule in
-            any other: 7 gradients (8 in float32), 2 more for each smaller step that f needs, 21 at a kink; its error is estimated,
-            logged at debug level, and warned of where it is more than 1e-6 of the product (1e-3 in float32) and rounding explain.
+            any other: 7 gradients (8 in float32), 2 more for each smaller step that f needs, 21 at a kink. Its error is
+            estimated, logged at debug level, and warned of above rounding and 1e-6 of the product (1e-3 in float32).
         has_aux: f returns ``(value, aux)``; the result is ``(H v, aux)``.
         strict: refuse a leaf on which f does not depend, instead of zeros in the product.
         randomness: ``"error"`` refuses a random f; ``"same"`` gives each evaluation the same draw; ``"different"`` does not care.

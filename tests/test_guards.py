@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 import threading
 import warnings
@@ -92,6 +93,9 @@ BROKEN = {
     "rounded": lambda x: (x > 0).double().sum(),
     "bucketized": lambda x: torch.bucketize(x, torch.tensor([0.0, 1.0], dtype=torch.float64)).double().sum(),
     "constant": lambda x: torch.tensor(3.0, dtype=torch.float64),
+    "rebuilt from numbers": lambda x: torch.tensor(x.tolist(), dtype=torch.float64).square().sum(),
+    "a function without a derivative": lambda x: torch.special.airy_ai(x).sum(),
+    "one-hot places": lambda x: F.one_hot(x.argsort()).double().square().sum(),
 }
 WHOLE = {
     "linear": (lambda x: x.sum(), torch.zeros(3, 3)),
@@ -100,7 +104,16 @@ WHOLE = {
     "times zero": (lambda x: 0.0 * (x**2).sum(), torch.zeros(3, 3)),
     "relu where it is off": (lambda x: F.relu(x - 100).sum(), torch.zeros(3, 3)),
 }
-VERBS = (fh.hessian, fh.value_grad_and_hessian, fh.hessian_blocks, fh.hessian_diagonal, fh.grad)
+VERBS = (fh.hessian, fh.value_grad_and_hessian, fh.hessian_blocks, fh.hessian_diagonal, fh.grad, fh.value_and_grad)
+BY_REVERSE = (
+    lambda f: fh.hvp(f, X, X),
+    lambda f: fh.grad_and_hvp(f, X, X),
+    lambda f: [*fh.hessian_rows(f)(X)],
+    lambda f: fh.vjp(f, X),
+    lambda f: fh.linearize(f, X),
+    lambda f: fh.jacrev(f)(X),
+)
+BY_FORWARD = (lambda f: fh.jvp(f, (X,), (X,)), lambda f: fh.jacfwd(f)(X))
 
 
 @pytest.mark.parametrize("f", BROKEN.values(), ids=BROKEN)
@@ -108,10 +121,24 @@ def test_a_broken_graph_is_an_error(f):
     for verb in VERBS:
         with pytest.raises(DependenceError, match=r"does not depend on x through differentiable operations.*\.detach\(\)"):
             verb(f)(X)
-    with pytest.raises(DependenceError, match="hvp: f"):
-        fh.hvp(f, X, X)
-    with pytest.raises(DependenceError):
-        [*fh.hessian_rows(f)(X)]
+    for call in BY_REVERSE:
+        with pytest.raises(DependenceError, match=r": f\(x\) does not depend on x"):
+            call(f)
+
+
+@pytest.mark.parametrize("name", [name for name in BROKEN if name != "no_grad"])
+def test_a_broken_graph_is_an_error_in_forward_mode(name):
+    for call in BY_FORWARD:
+        with pytest.raises(DependenceError, match=r"(jvp|jacfwd): f\(x\) does not depend on x"):
+            call(BROKEN[name])
+
+
+def test_no_grad_does_not_break_forward_mode():
+    assert relative_error(fh.jacfwd(BROKEN["no_grad"])(X), 2 * X) == 0
+
+
+def test_eight_broken_graphs_are_refused_and_four_whole_ones_are_not():
+    assert len(BROKEN) >= 8 and len(WHOLE) >= 4
 
 
 @pytest.mark.parametrize(("f", "expected"), WHOLE.values(), ids=WHOLE)
@@ -179,6 +206,32 @@ def test_a_leaf_whose_derivative_is_rightly_zero_is_not_refused_by_strict(part, 
     if verb == "hessian_rows":
         strict, loose = strict[0][1], loose[0][1]
     assert relative_error(strict, loose) == 0
+
+
+@pytest.mark.parametrize("part", [part for name, part in BROKEN_IN_B.items() if name != "no_grad"])
+def test_a_broken_graph_of_one_output_is_a_tangent_of_zeros_unless_strict(part):
+    """Forward mode knows of each output whether it depends on the primals, not of each primal."""
+
+    def f(x: Tensor) -> dict[str, Tensor]:
+        return {"a": x**2, "b": part(x)}
+
+    _, tangent = fh.jvp(f, (X,), (X,))
+    assert relative_error(tangent["a"], 2 * X * X) == 0 and not tangent["b"].any()
+    with pytest.raises(DependenceError, match=r"jvp: f\(x\)\['b'\] does not depend on x \(strict=True\)"):
+        fh.jvp(f, (X,), (X,), strict=True)
+
+
+@pytest.mark.parametrize("part", WHOLE_IN_B.values(), ids=WHOLE_IN_B)
+def test_an_output_whose_tangent_is_rightly_zero_is_not_refused_by_strict(part):
+    f = lambda x: {"a": x**2, "b": part(x)}  # noqa: E731
+    strict, loose = (fh.jvp(f, (X,), (X,), strict=strict) for strict in (True, False))
+    assert relative_error(strict, loose) == 0
+
+
+def test_every_verb_that_takes_strict_is_in_a_table():
+    public = {name: getattr(fh, name) for name in fh.__all__}
+    takes = {name for name, verb in public.items() if inspect.isfunction(verb) and "strict" in inspect.signature(verb).parameters}
+    assert takes == {*STRICT, "jvp"}
 
 
 @pytest.mark.parametrize("verb", SECOND)
