@@ -6,14 +6,15 @@ are mostly zero, the product H v is run once under watch with index sets (:func:
 proves where H may differ from zero at this point; columns that share no row are multiplied together
 (:mod:`functional_hess.coloring`), and entries are put in their places.
 
-Every call proves anew, and holds the entries to one more product with a random vector, which exposes derivatives that are not
-symmetric. Where there is nothing to be gained :func:`color` says so, and rows are computed. A plan that is kept, and sparse
-results, are for :mod:`functional_hess.sparse`.
+Every call proves anew, if only that it runs a program that was judged before, and holds the entries to one more product with a
+random vector, which exposes derivatives that are not symmetric. Where there is nothing to be gained :func:`color` says so, and
+rows are computed. A plan that is kept, and sparse results, are for :mod:`functional_hess.sparse`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -34,9 +35,10 @@ from functional_hess.tree import Space
 __all__ = ["Colored", "color", "colored_blocks", "colored_diagonal"]
 
 Tensors = tuple[Tensor, ...]
-WORTH_A_LOOK = 128 * MIB  # bytes that rows would write, some tens of milliseconds
+WORTH_A_LOOK = 48 * MIB  # bytes that rows would write, some ten milliseconds
 FEW = 1 / 8  # of the entries may differ from zero, and as many products as this part of the rows may be taken
 PROOF = 12  # bytes that the watched product takes at its peak for one of the intermediate results of f
+_compressions: weakref.WeakKeyDictionary[SparsityPattern, dict[bool, Compression]] = weakref.WeakKeyDictionary()
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # of the certificate, as a part of |H| |v|
 
 
@@ -97,15 +99,24 @@ def _compression(space: Space, product: Product, x: Tensors, diagonal: bool) -> 
     found = detect_reached(lambda v: product(dict(enumerate(v))), x)
     if found.full_because is not None or found.pattern.nonzeros > FEW * space.dim**2:
         return None
-    if diagonal:  # of the map as it is, symmetric or not
-        pattern = found.pattern | found.pattern.transpose
-        coloring = distance_1_coloring(pattern)
-        compression = Compression(pattern, coloring, recovery_of_diagonal(pattern, coloring))
-    else:
-        pattern = found.pattern & found.pattern.transpose
-        coloring = star_coloring(pattern)
-        compression = Compression(pattern, coloring, recovery(pattern, coloring))
-    return compression if coloring.count <= FEW * space.dim else None
+    compression = _colored(found.pattern, diagonal)
+    return compression if compression.coloring.count <= FEW * space.dim else None
+
+
+def _colored(reached: SparsityPattern, diagonal: bool) -> Compression:
+    """Worked out once for a pattern, as long as that is remembered."""
+    known = _compressions.setdefault(reached, {})
+    if diagonal not in known:
+        if diagonal:  # of the map as it is, symmetric or not
+            pattern = reached | reached.transpose
+            coloring = distance_1_coloring(pattern)
+            places = recovery_of_diagonal(pattern, coloring)
+        else:
+            pattern = reached & reached.transpose
+            coloring = star_coloring(pattern)
+            places = recovery(pattern, coloring)
+        known[diagonal] = Compression(pattern, coloring, places)
+    return known[diagonal]
 
 
 def _entries(space: Space, product: Product, compression: Compression, chunk: int) -> Tensor | None:

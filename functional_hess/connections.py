@@ -31,7 +31,7 @@ from torch import Tensor
 
 from functional_hess.index_sets import IndexSets
 
-__all__ = ["Call", "base_name", "connected", "tensors_in", "widened"]
+__all__ = ["Call", "base_name", "connected", "says_where", "tensors_in", "widened"]
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -151,6 +151,11 @@ def connected(call: Call) -> tuple[list[Tensor | None], bool]:
             if len(answers) == len(call.results) and all(map(_fits, answers, call.results)):
                 return answers, True
     return widened(call), False
+
+
+def says_where(func: Any) -> bool:
+    """Whether what integers and booleans among its arguments hold may decide what an op connects."""
+    return _find(func) is not _elementwise
 
 
 def _fits(sets: Tensor | None, result: Any) -> bool:

@@ -8,7 +8,7 @@ are samples, or a multiple. If samples do not read each other, the positions fal
 and one seed serves all parts at once. Whether they do is a question of connections alone. The pullback of (gradient in eps,
 features) is run once with every position labelled (:func:`functional_hess.sparsity.detect_reached`), and the labels that reach
 each position tell the parts. An op without a rule connects everything: then there is one part, and nothing is gained or lost.
-What is proved holds at the point; every call proves it anew.
+What is proved holds at the point; every call proves it anew, if only that it runs a program that was judged before.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -37,12 +38,14 @@ from functional_hess.guards import MissingDerivativeError
 from functional_hess.index_sets import IndexSets, TooManyError
 from functional_hess.levels import flat_vjp
 from functional_hess.products import DOUBLE_BACKWARD, REVERSE_OVER_REVERSE, first_mode_that_works, product_at
+from functional_hess.transcripts import Transcript, storage_of, transcript
 
 __all__ = ["Captured", "Detection", "Linear", "SparsityError", "detect_hessian", "detect_jacobian", "detect_reached"]
 
 Tensors = tuple[Tensor, ...]
 Linear = Callable[[Tensors], tuple[Tensors, Callable[[Tensors], Tensors]]]
 LARGEST_FULL = 2**25  # entries of a matrix that is taken to be full
+PROGRAMS, REMEMBERED = 16, 2**20  # programs that are remembered, nonzeros of their patterns together
 
 
 class SparsityError(ValueError):
@@ -163,14 +166,63 @@ def detect_reached(
     Returns:
         a pattern with a row for each element of the result and a column for each label; ``full_because`` is set, and the pattern
         means nothing, where the map cannot be judged.
+
+    A program that has been judged before is recognized by its :func:`~functional_hess.transcripts.transcript`, which takes little
+    longer than running it.
     """
-    return _watched(lambda _: (like, product), (), (), labels or _each_its_own)
+    number = labels or _each_its_own
+    told = _told(product, like, number)
+    found = _judged.find(told)
+    if found is None:
+        found = _watched(lambda _: (like, product), (), (), number)
+        _judged.keep(told, found)
+    return found
+
+
+def _told(product: Callable[[Tensors], Tensors], like: Tensors, labels: Callable[[Tensors], Tensors]) -> Transcript | None:
+    """The program that judging would watch; nothing where it would be refused, or cannot be told from another."""
+    vector = _ones(like)
+    try:
+        with _Leaks(lambda t: True):
+            return transcript(product, vector, labels(vector))
+    except _NotJudgedError:
+        return None
+
+
+class _Judged:
+    """Patterns of programs, by transcript: the latest few."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.found: dict[Transcript, Detection] = {}
+
+    def find(self, told: Transcript | None) -> Detection | None:
+        with self.lock:
+            found = self.found.pop(told, None) if told is not None else None
+            if told is not None and found is not None:
+                self.found[told] = found  # the latest stands last
+            return found
+
+    def keep(self, told: Transcript | None, found: Detection) -> None:
+        if told is None or found.full_because is not None or found.pattern.nonzeros > REMEMBERED:
+            return
+        with self.lock:
+            self.found[told] = dataclasses.replace(found, captured=())  # no tensor is kept alive
+            while len(self.found) > PROGRAMS or sum(d.pattern.nonzeros for d in self.found.values()) > REMEMBERED:
+                del self.found[next(iter(self.found))]
+
+
+_judged = _Judged()
 
 
 def _each_its_own(vector: Tensors) -> Tensors:
     sizes = [t.numel() for t in vector]
     parts = torch.arange(sum(sizes)).split(sizes)
     return tuple(part.reshape(t.shape) for part, t in zip(parts, vector, strict=True))
+
+
+def _ones(like: Tensors) -> Tensors:
+    return tuple(torch.ones(t.shape, dtype=t.dtype, device=t.device) for t in like)
 
 
 def _watched(linear: Linear, x: Tensors, args: Tensors, labels: Callable[[Tensors], Tensors] = _each_its_own) -> Detection:
@@ -180,9 +232,9 @@ def _watched(linear: Linear, x: Tensors, args: Tensors, labels: Callable[[Tensor
     tracker.give(point, _VARIES)
     tracker.give(args, _FROM_ARGS)
     try:
-        with _Leaks(tracker), tracker:
+        with _Leaks(tracker.depends), tracker:
             like, product = linear(point)
-            vector = tuple(torch.ones(t.shape, dtype=t.dtype, device=t.device) for t in like)
+            vector = _ones(like)
             tracker.seed(vector, labels(vector))
             result = product(vector)
         sets = torch.cat([tracker.sets_in(t).reshape(-1) for t in result])
@@ -254,7 +306,7 @@ class _Tracker(TorchDispatchMode):
 
     def give(self, tensors: Tensors, mark: int) -> None:
         for t in tensors:
-            key = _storage_of(t)
+            key = storage_of(t)
             if key is not None:
                 self.marks[key] = self.marks.get(key, 0) | mark
 
@@ -265,17 +317,19 @@ class _Tracker(TorchDispatchMode):
             self._assign(t, numbers + 1)
 
     def sets_in(self, t: Tensor) -> Tensor:
-        key = _storage_of(t)
+        key = storage_of(t)
         return self.memory[key].of(t) if key in self.memory and t.numel() else torch.zeros(t.shape, dtype=torch.int64)
 
-    def mark_of(self, t: Tensor) -> int:
-        return self.marks.get(_storage_of(t) or 0, 0)
+    def depends(self, t: Tensor) -> bool:
+        """Whether a value depends on the point or on the vector."""
+        key = storage_of(t)
+        return key is None or bool(self.marks.get(key, 0) & _VARIES) or bool(self.sets_in(t).any())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
         schema = _schema_of(func)
         arguments = {**schema.defaults, **dict(zip(schema.names, args, strict=False)), **(kwargs or {})}
         inputs = {id(t): t for t in tensors_in(list(arguments.values()))}
-        places = {i: _storage_of(t) for i, t in inputs.items()}
+        places = {i: storage_of(t) for i, t in inputs.items()}
         for i, t in inputs.items():
             self._meet(t, places[i])
         reached = {i: self.memory[key].of(inputs[i]) for i, key in places.items() if key in self.memory and inputs[i].numel()}
@@ -287,7 +341,7 @@ class _Tracker(TorchDispatchMode):
         results = tuple(out) if isinstance(out, (tuple, list)) else (out,)
         written = [t for name in schema.written for t in tensors_in(arguments[name])]
         before = {*places.values()}
-        fresh = [t for t in tensors_in(results) if _storage_of(t) not in before]
+        fresh = [t for t in tensors_in(results) if storage_of(t) not in before]
         for t in fresh:
             self._own(t)
         if not schema.about_shape and (written or fresh):
@@ -321,7 +375,7 @@ class _Tracker(TorchDispatchMode):
                 self._assign(t, sets)
 
     def _assign(self, t: Tensor, sets: Tensor | None) -> None:
-        key = _storage_of(t)
+        key = storage_of(t)
         if key is None and sets is not None and bool(sets.any()) and not t._is_zerotensor():
             raise _NotJudgedError(f"a tensor of layout {t.layout} depends on the vector")
         if key is None or not t.numel():
@@ -337,7 +391,7 @@ class _Tracker(TorchDispatchMode):
         for one in marks.values():
             mark |= one
         for t in tensors:
-            key = _storage_of(t)
+            key = storage_of(t)
             if key is not None:
                 self.marks[key] = self.marks.get(key, 0) | mark
             elif mark & _VARIES and not t._is_zerotensor():
@@ -357,7 +411,7 @@ class _Tracker(TorchDispatchMode):
             self.captured[key] = Captured.of(t)
 
     def _own(self, t: Tensor) -> None:
-        key = _storage_of(t)
+        key = storage_of(t)
         if key is not None and key not in self.marks:
             self.marks[key] = 0
             weakref.finalize(t.untyped_storage(), self._forget, key).atexit = False
@@ -400,28 +454,16 @@ def _deciding(name: str, arguments: dict[str, Any]) -> list[Tensor]:
     return [arguments["mask"]] if name == "masked_select" else list(tensors_in(list(arguments.values())))
 
 
-def _storage_of(t: Tensor) -> int | None:
-    """The address by which a storage is known; nothing for a tensor that has none."""
-    if t.layout is not torch.strided or t._is_zerotensor():
-        return None
-    try:
-        return t.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):
-        return None
-
-
 class _Leaks(TorchFunctionMode):
     """Notices values that leave torch, where no op tells of it."""
 
-    def __init__(self, tracker: _Tracker) -> None:
+    def __init__(self, matters: Callable[[Tensor], bool]) -> None:
         super().__init__()
-        self.tracker = tracker
+        self.matters = matters
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func in _LEAKS:
-            t = args[0]
-            if _storage_of(t) is None or self.tracker.mark_of(t) & _VARIES or bool(self.tracker.sets_in(t).any()):
-                raise _NotJudgedError(f"f asks for a value that depends on x, by {getattr(func, '__name__', func)}")
+        if func in _LEAKS and self.matters(args[0]):
+            raise _NotJudgedError(f"f asks for a value that depends on x, by {getattr(func, '__name__', func)}")
         return func(*args, **(kwargs or {}))
 
 

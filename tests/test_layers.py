@@ -28,7 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("repaired_singular",),
     ("repairs", "differences", "index_sets"),
     ("levels", "connections"),
-    ("guards",),
+    ("guards", "transcripts"),
     ("transforms", "impurity", "extrapolation"),
     ("jacobians", "chunking", "prepared", "modules"),
     ("verification",),
