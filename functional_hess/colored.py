@@ -1,10 +1,10 @@
 """Dense Hessians of functions whose entries are mostly zero, from as many products as there are colors.
 
 A function of many variables often couples each with few others. Its Hessian, asked for as a dense matrix, is still what a few
-products tell, if it is known where it may differ from zero. So where rows would cost much, four of them are looked at. If those
-are mostly zero, the product H v is run once under watch with index sets (:func:`functional_hess.sparsity.detect_reached`), which
-proves where H may differ from zero at this point; columns that share no row are multiplied together
-(:mod:`functional_hess.coloring`), and entries are put in their places.
+products tell, if it is known where it may differ from zero. So where rows would cost much, four of them are looked at, the first
+time. If those are mostly zero, the product H v is run once under watch with index sets
+(:func:`functional_hess.sparsity.detect_reached`), which proves where H may differ from zero at this point; columns that share no
+row are multiplied together (:mod:`functional_hess.coloring`), and entries are put in their places.
 
 Every call proves anew, if only that it runs a program that was judged before, and holds the entries to one more product with a
 random vector, which exposes derivatives that are not symmetric. Where there is nothing to be gained :func:`color` says so, and
@@ -91,13 +91,13 @@ def color(problem: Problem, args: Sequence[Any], output: int, *, diagonal: bool 
 def _compression(space: Space, product: Product, x: Tensors, diagonal: bool) -> Compression | None:
     """What is multiplied together, if H is nowhere near full at x."""
     few = sorted({0, space.dim // 3, 2 * space.dim // 3, space.dim - 1})
-    rows = rows_of(product, REVERSE_OVER_REVERSE, space.one_hot(space.pieces(few)))
-    if any(t.requires_grad for t in rows):  # f closes over a tensor that is watched: its graph must follow
-        return None
-    if sum(int(t.count_nonzero()) for t in rows) > FEW * len(few) * space.dim:
-        return None
-    found = detect_reached(lambda v: product(dict(enumerate(v))), x)
-    if found.full_because is not None or found.pattern.nonzeros > FEW * space.dim**2:
+
+    def mostly_zero() -> bool:
+        rows = rows_of(product, REVERSE_OVER_REVERSE, space.one_hot(space.pieces(few)))
+        return sum(int(t.count_nonzero()) for t in rows) <= FEW * len(few) * space.dim
+
+    found = detect_reached(lambda v: product(dict(enumerate(v))), x, worth=mostly_zero)
+    if found is None or found.full_because is not None or found.pattern.nonzeros > FEW * space.dim**2:
         return None
     compression = _colored(found.pattern, diagonal)
     return compression if compression.coloring.count <= FEW * space.dim else None
@@ -120,7 +120,10 @@ def _colored(reached: SparsityPattern, diagonal: bool) -> Compression:
 
 
 def _entries(space: Space, product: Product, compression: Compression, chunk: int) -> Tensor | None:
-    """The wanted entries; nothing if those of all of H disagree with the product of H with a random vector."""
+    """The wanted entries; nothing if those of all of H disagree with the product of H with a random vector.
+
+    Nothing either where f closes over a tensor that is watched: the graph of H must lead to it, as that of rows does.
+    """
     colors, _, places = compression.on(space.device)
     v = torch.randn(space.dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(space.device, space.dtype)
     one = {leaf: part.view(1, *space.shapes[leaf]) for leaf, part in enumerate(v.split(space.sizes))}
@@ -132,6 +135,8 @@ def _entries(space: Space, product: Product, compression: Compression, chunk: in
             sums = {leaf: torch.cat([sums[leaf], t]) if here else t for leaf, t in one.items()}
         parts.append(joined(space, rows_of(product, REVERSE_OVER_REVERSE, sums)))
     B = torch.cat(parts) if len(parts) > 1 else parts[0]  # (colors + 1, n)
+    if B.requires_grad:
+        return None
     entries = B.reshape(-1)[places]
     whole = len(places) == compression.pattern.nonzeros
     return entries if not whole or _agree(compression.pattern, entries, v, B[-1]) else None

@@ -68,7 +68,7 @@ def independent_parts(loss: Callable[[Sequence[Tensor]], Tensor], x: Tensors, fo
     zeros = tuple(x[0].new_zeros(site.units.shape) for site in sites)
     outputs, pullback, _ = flat_vjp(gradient_and_features, zeros)
     reached = detect_reached(pullback, outputs, labels)
-    if reached.full_because is not None:
+    if reached is None or reached.full_because is not None:
         return 1
     rows = torch.cat([t.flatten() for t in labels(zeros)]).numpy()[reached.pattern.rows]
     return _coarsest(rows, reached.pattern.indices, finest)

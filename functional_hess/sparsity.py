@@ -154,18 +154,22 @@ def _full_if_not_judged(verb: str, found: Detection, shape: tuple[int, int]) -> 
 
 
 def detect_reached(
-    product: Callable[[Tensors], Tensors], like: Tensors, labels: Callable[[Tensors], Tensors] | None = None
-) -> Detection:
+    product: Callable[[Tensors], Tensors],
+    like: Tensors,
+    labels: Callable[[Tensors], Tensors] | None = None,
+    worth: Callable[[], bool] = lambda: True,
+) -> Detection | None:
     """Which labels of a vector reach which elements of the result of a linear map, as it is at one point.
 
     Args:
         product: the map, made at a point beforehand: what its making asked of the point is no matter here.
         like: tensors like the vector.
         labels: gives each element of the vector, by tensors like it, a number from 0 up; by default one of its own.
+        worth: asked before a program is judged for the first time.
 
     Returns:
         a pattern with a row for each element of the result and a column for each label; ``full_because`` is set, and the pattern
-        means nothing, where the map cannot be judged.
+        means nothing, where the map cannot be judged. ``None`` if it was not worth it.
 
     A program that has been judged before is recognized by its :func:`~functional_hess.transcripts.transcript`, which takes little
     longer than running it.
@@ -173,7 +177,7 @@ def detect_reached(
     number = labels or _each_its_own
     told = _told(product, like, number)
     found = _judged.find(told)
-    if found is None:
+    if found is None and worth():
         found = _watched(lambda _: (like, product), (), (), number)
         _judged.keep(told, found)
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -166,6 +167,7 @@ def test_a_function_whose_derivative_is_asymmetric_goes_by_rows():
 
 
 def test_the_entries_are_held_to_one_more_product(monkeypatch):
+    monkeypatch.setattr(colored, "_compressions", weakref.WeakKeyDictionary())
     honest = colored.recovery
     monkeypatch.setattr(colored, "recovery", lambda *args: honest(*args)[::-1].copy())
     energy = ENERGIES[0]
