@@ -107,7 +107,7 @@ def require_out(problem: Problem, out: Tensor) -> None:
     verb, space = problem.verb, problem.space
     want = (space.dim, space.dim)
     if not problem.is_scalar:
-        raise ValueError(f"{verb}: out= holds one (n, n) matrix, so f must return a scalar.")
+        raise ValueError(f"{verb}: out= holds one (n, n) matrix, so f must return a scalar. Leave it out for other f.")
     if not may_write(problem):
         raise ValueError(_out_cannot(verb))
     is_tensor = isinstance(out, Tensor)

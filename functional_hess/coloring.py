@@ -652,7 +652,9 @@ def _checked(places: np.ndarray, readable: np.ndarray, pattern: SparsityPattern)
     if not readable.all():
         entry = int(np.argmin(readable))
         where = f"({pattern.rows[entry]}, {pattern.indices[entry]})"
-        raise ValueError(f"the coloring does not belong to the pattern: entry {where} cannot be read from any product.")
+        raise ValueError(
+            f"the coloring does not belong to the pattern: entry {where} cannot be read from any product. Color this pattern."
+        )
     return places
 
 

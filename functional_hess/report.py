@@ -315,7 +315,7 @@ def _look(problem: Problem) -> tuple[Space, float]:
         got = f"one of shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
         raise ReportError(f"f must return a scalar, a floating tensor of shape (), got {got}.")
     if not torch.isfinite(value):
-        raise ReportError(f"f must be finite at params, got {float(value.detach())}.")
+        raise ReportError(f"f must be finite at params, got {float(value.detach())}. Choose params at which it is.")
     return space, float(value.detach())
 
 
@@ -324,7 +324,10 @@ def _require_memory(n: int, memory_limit: int | float | str | None) -> None:
     need, room = 16 * n**2, SHARE_OF_AVAILABLE * available_bytes(torch.device("cpu"))
     room = room if memory_limit is None else min(room, parse_bytes(memory_limit))
     if need > room:
-        raise MemoryLimitError(f"report: {n:,} eigenvalues need {need / MIB:,.0f} MB, but {room / MIB:,.0f} MB may be taken.")
+        raise MemoryLimitError(
+            f"report: {n:,} eigenvalues need {need / MIB:,.0f} MB, but {room / MIB:,.0f} MB may be taken. Raise --memory-limit, "
+            "or take fewer parameters."
+        )
 
 
 def _timed_hessian(problem: Problem, space: Space, options: dict[str, Any], progress: bool) -> tuple[Tensor, dict[str, Any]]:
@@ -360,7 +363,10 @@ def _require_finite(H: Tensor, space: Space) -> None:
     bad = (~torch.isfinite(H)).nonzero()
     if len(bad):
         p, q = (space.paths[space.leaf_of(int(i))] or "params" for i in bad[0])
-        raise ReportError(f"the Hessian has {len(bad):,} entries that are not finite, the first in the block {p} x {q}.")
+        raise ReportError(
+            f"the Hessian has {len(bad):,} entries that are not finite, the first in the block {p} x {q}. Choose params at which "
+            "f has second derivatives."
+        )
 
 
 def _checks(problem: Problem, space: Space, H: Tensor, seed: int) -> dict[str, Any]:

@@ -181,7 +181,7 @@ def samples_of(batch: tuple[Any, ...], name: str = "batch") -> Part:
         told = ", ".join(f"{where} has {t.shape[0]}" for where, t in zip(named, tensors, strict=True))
         raise ValueError(f"empirical_risk: the parts of a batch must have the same number of samples: {told}.")
     if not tensors[0].shape[0]:
-        raise ValueError(f"empirical_risk: {name} holds no samples.")
+        raise ValueError(f"empirical_risk: {name} holds no samples. Leave empty batches out.")
     kind = tuple((leaf.shape[1:], leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
     return Part(tensors, rebuild, (*paths(batch), *kind))
 
@@ -193,7 +193,7 @@ def _sum_of_losses(risk: EmpiricalRisk, rebuild: Callable[[Sequence[Any]], Tree]
         value = risk.sample_loss(rebuild(x), *part.rebuild(tensors))
         if not (isinstance(value, Tensor) and value.dim() == 0):
             got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"empirical_risk: the loss of one sample must be a scalar tensor (shape ()), got {got}.")
+            raise TypeError(f"empirical_risk: the loss of one sample must be a scalar tensor (shape ()), got {got}. Reduce it.")
         return (value,)
 
     try:
@@ -243,7 +243,10 @@ def _over_loader(risk: EmpiricalRisk, terms: Terms, x: Tensors, loader: Iterable
             count += len(batch)
             yield from batch.split(size)
         if count != facts.count:
-            raise ValueError(f"empirical_risk: {_called(loader)} gave {count} samples, and {facts.count} when it was first read.")
+            raise ValueError(
+                f"empirical_risk: {_called(loader)} gave {count} samples, and {facts.count} when it was first read. Leave it as "
+                "it is, and make another object for other data."
+            )
 
     closed = _closed(terms, x, [part.first() for part in facts.kinds]) if _anything_watched() else None
     total = _plain_sum(terms, parts(), x) if closed is None else flat_remat(closed.terms, parts)(*closed.x)[0]
@@ -430,7 +433,7 @@ def _compared(loader: Iterable[Any]) -> _Facts:
             first.append(_digest(part))
         second = [_digest(part) for part in _read(loader)]
     if not first:
-        raise ValueError(f"empirical_risk: {_called(loader)} gave no batches.")
+        raise ValueError(f"empirical_risk: {_called(loader)} gave no batches. Pass an object that holds some.")
     if first != second:
         if not _same_in_another_order(first, second):
             raise ValueError(

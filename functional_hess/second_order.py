@@ -290,7 +290,7 @@ def _checked(rows: Sequence[int], n: int) -> Sequence[int]:
     rows = rows if isinstance(rows, range) else _ints(rows)
     outside = [row for row in ((rows[0], rows[-1]) if isinstance(rows, range) and rows else rows) if not 0 <= row < n]
     if outside:
-        raise IndexError(f"hessian_rows: row {outside[0]} is out of range for {n} coordinates.")
+        raise IndexError(f"hessian_rows: row {outside[0]} is out of range for {n} coordinates, which are numbered from 0.")
     return rows
 
 
@@ -633,7 +633,7 @@ def explain(transformed: Callable[..., Any], *args: Any, **kwargs: Any) -> Expla
     if planned is None:
         raise TypeError(
             "explain: takes what hessian, hessian_rows, hessian_blocks or hessian_diagonal return, got "
-            f"{type(transformed).__name__}."
+            f"{type(transformed).__name__}. Write explain(hessian(f), x)."
         )
     plan: Plan | Lift | Colored = planned(*args, **kwargs)
     if isinstance(plan, Lift):

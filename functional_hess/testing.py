@@ -77,8 +77,8 @@ class Verdict:
 class _Findings:
     """Collects what the laws of one check say; raises at the first that is broken."""
 
-    def __init__(self, verb: str) -> None:
-        self.verb = verb
+    def __init__(self, verb: str, cause: str = "An op of f, or a backward written for it, has a wrong derivative.") -> None:
+        self.verb, self.cause = verb, cause
         self.errors: dict[str, float] = {}
         self.doubtful = False
         self.without_rule: list[str] = []
@@ -94,7 +94,7 @@ class _Findings:
         c = comparison
         return LawError(
             f"{self.verb}: {law} along a random direction: at {place} got {c.got:.9g}, expected {c.expected:.9g}; the largest "
-            f"disagreement there is {c.error:.3g}, more than the tolerance {c.tolerance:.3g}."
+            f"disagreement there is {c.error:.3g}, more than the tolerance {c.tolerance:.3g}. {self.cause}"
         )
 
 
@@ -473,7 +473,8 @@ def check_adjoint(
         >>> check_adjoint(lambda v: A @ v, lambda u: A.T @ u, torch.zeros(3), torch.zeros(2)).status
         'right'
     """
-    spaces, findings, draw = (Space.of(x, "x"), Space.of(y, "y")), _Findings("check_adjoint"), drawn_by(generator)
+    spaces, draw = (Space.of(x, "x"), Space.of(y, "y")), drawn_by(generator)
+    findings = _Findings("check_adjoint", "One of the two maps is not the transpose of the other, or not linear.")
     v, u = (space.random(draw) for space in spaces)
     tolerances = tolerances_for(_BY_IDENTITY, spaces[0].dtypes + spaces[1].dtypes, rtol, atol)
     images = (forward(v), transpose(u))

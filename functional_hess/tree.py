@@ -385,7 +385,7 @@ class Space:
         for leaf in self.leaves:
             if 0 <= row - self.offsets[leaf] < self.sizes[leaf]:
                 return leaf
-        raise IndexError(f"row {row} is out of range for {self.dim} coordinates.")
+        raise IndexError(f"row {row} is out of range for {self.dim} coordinates, which are numbered from 0.")
 
     def one_hot(self, pieces: Sequence[Piece]) -> dict[int, Tensor]:
         """Unit vectors of the given coordinates, stacked: ``{leaf: tensor of shape (k, *shape)}``.
@@ -506,14 +506,21 @@ def _wrong(leaf: Any, expected: tuple[torch.Size, torch.dtype, torch.device] | N
 
 
 def _structure_difference(expected: optree.PyTreeSpec, got: optree.PyTreeSpec, name: str, like: str = "the point") -> str:
-    """Containers of another type, and leaves that are missing or too many; all of them."""
-    wanted, had = dict(_containers(expected, name)), dict(_containers(got, name))
-    told = [f"{p} must be a {t.__name__}, got {had[p].__name__}" for p, t in wanted.items() if p in had and had[p] is not t]
-    want, have = ([accessor.codify(name) for accessor in s.accessors()] for s in (expected, got))
+    """Containers of another type, and leaves and empty containers that are missing or too many; all of them."""
+    wanted, had = (dict(_containers(s, name)) for s in (expected, got))
+    told = [
+        f"{path} must be a {_named_kind(node)}, got {_named_kind(had[path])}"
+        for path, node in wanted.items()
+        if path in had and had[path].type is not node.type
+    ]
+    want, have = (
+        [accessor.codify(name) for accessor in s.accessors()] + [path for path, node in nodes.items() if not node.num_leaves]
+        for s, nodes in ((expected, wanted), (got, had))
+    )
     missing, extra = [p for p in want if p not in have], [p for p in have if p not in want]
     told += ([f"missing {', '.join(missing)}"] if missing else []) + ([f"unexpected {', '.join(extra)}"] if extra else [])
     if not told:
-        return f"{name} must have the structure {expected}, got {got}: the containers differ"
+        return f"{name} must have the structure {expected}, got {got}: what its containers hold beside leaves differs"
     return f"{name} must have the same structure as {like}: {'; '.join(told)}"
 
 
@@ -523,19 +530,24 @@ def _without_dump(error: Exception) -> str:
     return text[:1].lower() + text[1:].rstrip(".")
 
 
-def _containers(structure: optree.PyTreeSpec, name: str) -> Iterator[tuple[str, type]]:
-    """The type of every node that holds leaves, by how a program would write it; an empty one is left out."""
+def _named_kind(node: optree.PyTreeSpec) -> str:
+    return (node.type or object).__name__
+
+
+def _containers(structure: optree.PyTreeSpec, name: str) -> Iterator[tuple[str, optree.PyTreeSpec]]:
+    """Every node but leaves, by how a program would write it."""
     accessors = structure.accessors()
 
-    def below(node: optree.PyTreeSpec, first: int, depth: int) -> Iterator[tuple[str, type]]:
-        if node.is_leaf() or not node.num_leaves:
+    def below(node: optree.PyTreeSpec, first: int, depth: int, empty: str) -> Iterator[tuple[str, optree.PyTreeSpec]]:
+        if node.is_leaf():
             return
-        yield accessors[first][:depth].codify(name), node.type or object
-        for child in node.children():
-            yield from below(child, first, depth + 1)
+        path = accessors[first][:depth].codify(name) if node.num_leaves else empty
+        yield path, node
+        for entry, child in zip(node.entries(), node.children(), strict=True):
+            yield from below(child, first, depth + 1, f"{path}[{entry!r}]")  # no leaf tells the way to an empty one
             first += child.num_leaves
 
-    yield from below(structure, 0, 0)
+    yield from below(structure, 0, 0, name)
 
 
 # ---------------------------------------------------------------------------------------------------- functions of trees

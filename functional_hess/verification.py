@@ -342,7 +342,8 @@ class _Heard:
         c = self.compared
         return (
             f"{self.law} along a random direction disagrees with central differences: at {self.place} got {c.got:.9g}, expected "
-            f"{c.expected:.9g}; the largest disagreement there is {c.error:.3g}, more than the tolerance {c.tolerance:.3g}."
+            f"{c.expected:.9g}; the largest disagreement there is {c.error:.3g}, more than the tolerance {c.tolerance:.3g}. "
+            "An op of f, or a backward written for it, has a wrong derivative: another mode= may have a right one."
         )
 
 

@@ -1,4 +1,4 @@
-"""Every error that the library raises, with the call that raises it and the whole of its message.
+"""Every error that the library raises and every warning, with the call that raises it and the whole of its message.
 
 A message names the argument by its path, says what was expected and what came, and what to do. The table is complete: the
 `raise` statements of the package are found by reading its sources, and each must be where some row's error came from. A new
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -19,6 +20,7 @@ import tempfile
 import threading
 import traceback
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,11 @@ def cubes(x: Any) -> Tensor:
 
 def cube(x: Tensor) -> Tensor:
     return (x**3).sum()
+
+
+def kinked(x: Any) -> Tensor:
+    """Its slope has kinks at W."""
+    return ((x["w"] - 1).relu() ** 2 + (x["w"] - 2).relu() ** 2).sum()
 
 
 def drawn(x: Tensor) -> Tensor:
@@ -467,9 +474,15 @@ ROWS: dict[str, list[Row]] = {
         Row(
             "v",
             ValueError,
-            "v must have the structure PyTreeSpec((*, ()), NoneIsLeaf), got PyTreeSpec((*, {}), NoneIsLeaf): the "
-            "containers differ.",
-            lambda _: fh.Space.of((W, ())).pack((W, {}), "v"),
+            "v must have the same structure as the point: v[1] must be a tuple, got dict; missing v[2]['b']; unexpected "
+            "v[2]['c'].",
+            lambda _: fh.Space.of((W, (), {"b": ()})).pack((W, {}, {"c": ()}), "v"),
+        ),
+        Row(
+            "v",
+            ValueError,
+            "v must have the structure ..., got ...: what its containers hold beside leaves differs.",
+            lambda _: fh.Space.of(collections.deque([W], maxlen=2)).pack(collections.deque([W]), "v"),
         ),
         Row(
             "x['z']",
@@ -511,7 +524,7 @@ ROWS: dict[str, list[Row]] = {
             "['w'], missing key(s): ['b'].",
             lambda _: P.matrix({"b": {"w": W}, "w": {}}),
         ),
-        Row("row 3", IndexError, "row 3 is out of range for 3 coordinates.", lambda _: P.leaf_of(3)),
+        Row("row 3", IndexError, "row 3 is out of range for 3 coordinates, which are numbered from 0.", lambda _: P.leaf_of(3)),
         Row("'v*'", ValueError, "partition: 'v*' chose no leaf; the paths are 'b', 'w'.", lambda _: fh.partition(X, "v*")),
         Row(
             "chosen['v']",
@@ -803,7 +816,7 @@ ROWS: dict[str, list[Row]] = {
         Row(
             "out=",
             ValueError,
-            "hessian: out= holds one (n, n) matrix, so f must return a scalar.",
+            "hessian: out= holds one (n, n) matrix, so f must return a scalar. Leave it out for other f.",
             lambda _: fh.hessian(torch.sin, out=torch.zeros(2, 2))(W),
         ),
         Row(
@@ -855,7 +868,7 @@ ROWS: dict[str, list[Row]] = {
         Row(
             "row 2",
             IndexError,
-            "hessian_rows: row 2 is out of range for 2 coordinates.",
+            "hessian_rows: row 2 is out of range for 2 coordinates, which are numbered from 0.",
             lambda _: fh.hessian_rows(cube, rows=[0, 2])(W),
         ),
         Row(
@@ -886,7 +899,8 @@ ROWS: dict[str, list[Row]] = {
         Row(
             "explain",
             TypeError,
-            "explain: takes what hessian, hessian_rows, hessian_blocks or hessian_diagonal return, got function.",
+            "explain: takes what hessian, hessian_rows, hessian_blocks or hessian_diagonal return, got function. Write "
+            "explain(hessian(f), x).",
             lambda _: fh.explain(cube, W),
         ),
     ],
@@ -1099,13 +1113,13 @@ ROWS: dict[str, list[Row]] = {
         Row(
             "batch",
             ValueError,
-            "empirical_risk: batch holds no samples.",
+            "empirical_risk: batch holds no samples. Leave empty batches out.",
             lambda _: fh.empirical_risk(squares)(W, torch.ones(0, 2)),
         ),
         Row(
             "the loss",
             TypeError,
-            "empirical_risk: the loss of one sample must be a scalar tensor (shape ()), got a tensor of shape (2,).",
+            "empirical_risk: the loss of one sample must be a scalar tensor (shape ()), got a tensor of shape (2,). Reduce it.",
             lambda _: fh.empirical_risk(lambda w, x: w * x)(W, torch.ones(3, 2)),
         ),
         Row(
@@ -1126,7 +1140,7 @@ ROWS: dict[str, list[Row]] = {
         Row(
             "Batches",
             ValueError,
-            "empirical_risk: the Batches gave no batches.",
+            "empirical_risk: the Batches gave no batches. Pass an object that holds some.",
             lambda _: fh.empirical_risk(squares)(W, Batches([], [])),
         ),
         Row(
@@ -1139,7 +1153,8 @@ ROWS: dict[str, list[Row]] = {
         Row(
             "Batches",
             ValueError,
-            "empirical_risk: the Batches gave 4 samples, and 2 when it was first read.",
+            "empirical_risk: the Batches gave 4 samples, and 2 when it was first read. Leave it as it is, and make another "
+            "object for other data.",
             lambda _: fh.empirical_risk(squares)(W, Batches([1.0], [1.0], [1.0, 1.0])),
         ),
     ],
@@ -1179,7 +1194,7 @@ ROWS: dict[str, list[Row]] = {
         Row(
             "(0, 0)",
             ValueError,
-            "the coloring does not belong to the pattern: entry (0, 0) cannot be read from any product.",
+            "the coloring does not belong to the pattern: entry (0, 0) cannot be read from any product. Color this pattern.",
             lambda _: coloring.recovery(PATTERN, coloring.column_coloring(coloring.banded(0)(3))),
         ),
     ],
@@ -1284,6 +1299,45 @@ ROWS: dict[str, list[Row]] = {
             "check_hessian: forward-over-reverse = reverse-over-reverse fails along a random direction: at x got ..., "
             "expected ...; the largest disagreement there is ..., more than the tolerance ....",
             lambda _: testing.check_hessian(lambda x: CubeOfTwoMinds.apply(x).sum(), W.double()),
+        ),
+    ],
+    "warnings": [
+        Row(
+            "x['w']",
+            fh.FiniteDifferenceWarning,
+            "hvp: mode='finite-difference': the product is 6 at its largest, with an estimated error of ... at x['w'], more than "
+            "1e-06 of it and rounding explain: the gradient of f has a kink at x or is rough near it (an inner loop that stops "
+            "early, noise, low precision inside f). Move x off the kink or smooth f, tighten its tolerances and compute it in "
+            "float64; or give the op without a rule an autograd.Function and leave mode='finite-difference' out.",
+            lambda _: fh.hvp(kinked, {"w": W.double()}, {"w": W.double()}, mode="finite-difference"),
+        ),
+        Row(
+            "x['w']",
+            fh.LowPrecisionWarning,
+            "hvp: x['w'] is bfloat16: expect errors of 8e-03 of the result, more where terms cancel. Pass float32 parameters for "
+            "more.",
+            lambda _: fh.hvp(lambda x: cube(x["w"]), {"w": W.bfloat16()}, {"w": W.bfloat16()}),
+        ),
+        Row(
+            "f",
+            fh.ImpurityWarning,
+            "hvp: the value of f depends on x through .detach() (at test_errors.py:...), a constant for derivatives. Leave it "
+            "out, if H is to be that of the value; a straight-through estimate is meant to differ.",
+            in_checked(lambda x: (x * x.detach()).sum()),
+        ),
+        Row(
+            "f",
+            fh.ImpurityWarning,
+            "hvp: the value of f depends on x through a cast to float32 (at test_errors.py:...), which rounds value and "
+            "derivatives to 1e-07. Cast the other operands up instead, or pass x in the narrower dtype.",
+            in_checked(lambda x: cube(x.float())),
+        ),
+        Row(
+            "the Batches",
+            UserWarning,
+            "empirical_risk: the Batches gives its samples in another order at every pass. Sums over them agree up to rounding, "
+            "but not bit for bit; pass shuffle=False for that.",
+            lambda _: fh.empirical_risk(squares)(W, Batches([1.0, 2.0], [2.0, 1.0], [1.0, 2.0])),
         ),
     ],
     "sparsity": [
@@ -1391,17 +1445,23 @@ ROWS: dict[str, list[Row]] = {
             "f must return a scalar, a floating tensor of shape (), got one of shape (2,), torch.float32.",
             on(torch.sin, W),
         ),
-        Row("f", report.ReportError, "f must be finite at params, got -inf.", on(lambda x: x.log().sum(), torch.zeros(2))),
+        Row(
+            "f",
+            report.ReportError,
+            "f must be finite at params, got -inf. Choose params at which it is.",
+            on(lambda x: x.log().sum(), torch.zeros(2)),
+        ),
         Row(
             "eigenvalues",
             fh.MemoryLimitError,
-            "report: 100 eigenvalues need 0 MB, but 0 MB may be taken.",
+            "report: 100 eigenvalues need 0 MB, but 0 MB may be taken. Raise --memory-limit, or take fewer parameters.",
             on(cube, torch.ones(100), memory_limit=100_000),
         ),
         Row(
             "block w x w",
             report.ReportError,
-            "the Hessian has 4 entries that are not finite, the first in the block w x w.",
+            "the Hessian has 4 entries that are not finite, the first in the block w x w. Choose params at which f has second "
+            "derivatives.",
             on(lambda x: x["w"].norm(), {"w": torch.zeros(2)}),
         ),
         Row(
@@ -1424,7 +1484,9 @@ NUMBERED = [pytest.param(row, id=f"{group}-{k}-{row.names}") for group, rows in 
 
 @functools.cache
 def raised_by(row: Row) -> BaseException | None:
-    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(SystemExit):
+    """The error, or the warning, of a row's call."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(SystemExit), warnings.catch_warnings():
+        warnings.simplefilter("error")
         try:
             row.call(patch)
         except BaseException as error:
@@ -1446,6 +1508,20 @@ def test_message_names_the_argument_and_is_a_sentence(row):
     assert row.message.endswith((".", "...")) or row.error is argparse.ArgumentTypeError  # argparse ends that sentence itself
 
 
+def test_a_tree_that_differs_in_many_places_is_told_all_of_them_at_once():
+    x = {"a": W, "b": (W, B), "c": W, "d": W, "e": B, "f": W}
+    v = {"a": torch.ones(3), "b": [W, B], "c": W.double(), "e": 1.0, "f": W.to("meta"), "g": B}
+    expected = (
+        "tangent must have the same structure as the point: tangent['b'] must be a tuple, got list; missing tangent['d']; "
+        "unexpected tangent['g']; tangent['a'] must have shape (2,), got (3,); tangent['c'] must have dtype torch.float32, got "
+        "torch.float64; tangent['e'] must be a tensor, got float; tangent['f'] must be on cpu, got meta."
+    )
+    for verb in (fh.hvp, fh.grad_and_hvp):
+        with pytest.raises(ValueError) as error:
+            verb(cubes, x, v)
+        assert str(error.value) == expected
+
+
 # The table is complete --------------------------------------------------------------------------------------------------
 
 
@@ -1454,13 +1530,17 @@ NEVER = {"NotImplementedError", "AssertionError"}  # without a message: a method
 
 
 def statements(sources: dict[str, str]) -> dict[tuple[str, int], range]:
-    """The lines of every statement that raises an error of its own for a user: `raise` alone passes on another's."""
+    """The lines of every statement that raises an error of its own, or warns: `raise` alone passes on another's."""
     return {
         (name, node.lineno): range(node.lineno, (node.end_lineno or node.lineno) + 1)
         for name, source in sources.items()
         for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Raise) and node.exc is not None and not is_signal(node.exc)
+        if (isinstance(node, ast.Raise) and node.exc is not None and not is_signal(node.exc)) or warns(node)
     }
+
+
+def warns(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and ast.unparse(node.func) == "warnings.warn"
 
 
 def is_signal(raised: ast.expr) -> bool:
@@ -1491,7 +1571,7 @@ def without_a_row(sources: dict[str, str], reached: set[tuple[str, int]]) -> lis
     return [f"{name}:{line}: {sources[name].splitlines()[line - 1].strip()}" for name, line in sorted(missed)]
 
 
-def test_every_raise_of_the_package_has_a_row():
+def test_every_raise_and_every_warning_of_the_package_has_a_row():
     sources = {path.name: path.read_text() for path in sorted(PACKAGE.glob("*.py"))}
     reached = {place for row in EVERY for place in origins(raised_by(row))}
     assert without_a_row(sources, reached) == []
@@ -1512,6 +1592,7 @@ def test_a_raise_without_a_row_is_noticed():
     assert without_a_row(sources, {("a.py", 3), ("a.py", 6)}) == []
     assert statements({"a.py": "try:\n    f()\nexcept KeyError:\n    raise\n"}) == {}
     assert statements({"a.py": "raise _Signal('x')\nraise TooManyError\nraise NotImplementedError\n"}) == {}
+    assert len(statements({"a.py": "warnings.warn('x', UserWarning)\nwarnings.catch_warnings()\n"})) == 1
     assert len(statements({"a.py": "raise NotImplementedError('x')\nraise no_mode_left()\nraise _made()\n"})) == 3
     assert caught({"a.py": "try:\n    f()\nexcept (KeyError, _Signal):\n    pass\n"}) == {"KeyError", "_Signal"}
 

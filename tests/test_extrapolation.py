@@ -320,7 +320,6 @@ WITHOUT_A_RULE = [
     *(f"embedding_bag {kind}" for kind in ("sum", "mean", "max", "weighted")),
     *("cdist", "cdist p=1", "cdist p=3", "cdist p=inf", "segment_reduce sum", "segment_reduce max"),
 ]
-LEFT = [name for name in WITHOUT_A_RULE if name.startswith(("ctc_loss", "segment_reduce"))]
 
 
 @pytest.mark.parametrize("name", WITHOUT_A_RULE)
@@ -342,9 +341,13 @@ def test_where_no_mode_has_a_rule_differences_are_right(name: str, monkeypatch: 
         assert verdict == "right", told
 
 
-def test_there_are_two_dozen_of_them_and_repairs_leave_few() -> None:
-    assert len(WITHOUT_A_RULE) >= 24
-    for name in LEFT:
+def test_there_are_two_dozen_of_them_and_repairs_leave_few_which_name_the_remedy() -> None:
+    left = []
+    for name in WITHOUT_A_RULE:
         problem = problem_of(next(cases.cases(name)), "curved", torch.float64)
-        with pytest.raises(fh.MissingDerivativeError, match="or pass mode='finite-difference'"):
+        try:
             fh.hvp(lambda x, f=problem.f: f(*x), problem.x, problem.x)
+        except fh.MissingDerivativeError as error:
+            assert "pass mode='finite-difference'" in str(error)
+            left.append(name)
+    assert len(WITHOUT_A_RULE) >= 24 and len(left) <= 4

@@ -203,8 +203,10 @@ def test_containers_that_differ_are_told() -> None:
     assert (
         told == "v must have the same structure as the point: v must be a tuple, got list; v[1]['in'] must be a tuple, got list."
     )
-    assert "the containers differ" in error_of(lambda: Space.of((a, ())).pack((a, {}), "v"))
-    assert "the containers differ" in error_of(lambda: Space.of(Ring([a], "one")).pack(Ring([a], "two"), "v"))
+    assert "v[1] must be a tuple, got dict" in error_of(lambda: Space.of((a, ())).pack((a, {}), "v"))
+    assert "what its containers hold beside leaves differs" in error_of(
+        lambda: Space.of(Ring([a], "one")).pack(Ring([a], "two"), "v")
+    )
 
 
 def test_a_tangent_of_a_carried_leaf_is_refused() -> None:
@@ -336,7 +338,8 @@ def test_pieces_are_cut_where_the_leaf_changes() -> None:
 
 @pytest.mark.parametrize("row", [-1, 11])
 def test_a_row_out_of_range_is_refused(row: int) -> None:
-    assert error_of(lambda: SPACE.pieces([row]), IndexError) == f"row {row} is out of range for 11 coordinates."
+    told = error_of(lambda: SPACE.pieces([row]), IndexError)
+    assert told == f"row {row} is out of range for 11 coordinates, which are numbered from 0."
 
 
 @pytest.mark.parametrize("span", [(0, None), (0, 11), (2, 7), (5, 5), (9, 40)], ids=str)
