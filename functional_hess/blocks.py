@@ -7,17 +7,20 @@ write into a buffer would lose, parts are kept and joined instead.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from functional_hess.nesting import is_outermost
+from functional_hess.resuming import runs_of
 from functional_hess.rows import Chunk, Problem
 from functional_hess.transforms import plain
 from functional_hess.tree import Piece, flat
 
-__all__ = ["Blocks", "may_write", "require_out"]
+__all__ = ["Blocks", "may_write", "require_out", "tell_finished"]
 
 
 class Blocks:
@@ -40,6 +43,8 @@ class Blocks:
         self.written: dict[tuple[int, int], Tensor] = {}
         self.parts: dict[tuple[int, int], list[Tensor]] = {}
         self.by_columns = False
+        self.done = np.zeros(problem.space.dim if out is not None else 0, dtype=bool)
+        self.whole = {leaf for leaf, size in enumerate(self.space.sizes) if not size}  # whose rows are done, and mirrored
 
     def add(self, chunk: Chunk) -> None:
         """Put the rows of a chunk in their places."""
@@ -50,6 +55,52 @@ class Blocks:
                 if column in self.wanted[piece.leaf]:
                     self._add(piece, column, flat(values[row : row + len(piece)]))
             row += len(piece)
+            if self.out is not None:
+                self._finish([self.space.offsets[piece.leaf] + i for i in piece.indices], [piece.leaf])
+
+    def take_up(self, done: np.ndarray, by_columns: bool) -> None:
+        """Rows that ``out`` holds already: (n,) which."""
+        self.by_columns = by_columns and not self.symmetric
+        for leaf, columns in self.wanted.items():
+            for column in columns:
+                self._rows((leaf, column))
+        self._finish(np.flatnonzero(done), self.space.leaves)
+
+    def held(self, pieces: Sequence[Piece], by_columns: bool) -> Iterator[Tensor]:
+        """What ``out`` holds of computed rows; their mirror images are written later."""
+        self.by_columns = by_columns and not self.symmetric
+        for piece in pieces:
+            for column in self.wanted[piece.leaf]:
+                yield self._rows((piece.leaf, column))[piece.indices[0] : piece.indices[-1] + 1]
+
+    def _finish(self, rows: Sequence[int] | np.ndarray, leaves: Sequence[int]) -> None:
+        """Note computed rows of some leaves. A leaf is mirrored as soon as it is whole, so that later rows are finished."""
+        self.done[rows] = True
+        for p in leaves:
+            first = self.space.offsets[p]
+            if p not in self.whole and self.done[first : first + self.space.sizes[p]].all():
+                for q in self.space.leaves:
+                    if p not in self.wanted.get(q, ()) and q in self.wanted.get(p, ()):
+                        self._matrix(q, p).copy_(self._matrix(p, q).T)
+                self.whole.add(p)
+
+    def finished(self) -> list[range]:
+        """The rows of ``out`` that are as they will be: computed, with the mirror images of other leaves' rows beside them."""
+        done = self.done.copy()
+        for p in self.space.leaves:
+            if not all(q in self.wanted.get(p, ()) or q in self.whole for q in self.space.leaves):
+                done[self.space.offsets[p] :][: self.space.sizes[p]] = False
+        return runs_of(done)
+
+    @contextlib.contextmanager
+    def told(self) -> Iterator[None]:
+        """Whatever interrupts what is done inside tells which rows ``out`` holds."""
+        try:
+            yield
+        except BaseException as error:
+            if self.out is not None:
+                tell_finished(error, self.verb, self.finished(), "columns" if self.by_columns else "rows")
+            raise
 
     def _add(self, piece: Piece, column: int, rows: Tensor) -> None:
         if rows.requires_grad and self.out is not None:
@@ -95,6 +146,14 @@ class Blocks:
         block = self.written[p, q].unflatten(0, space.shapes[p] or (1,)).unflatten(-1, space.shapes[q] or (1,))
         block = block if space.shapes[q] else block.squeeze(-1)
         return block if space.shapes[p] else block.squeeze(0)
+
+
+def tell_finished(error: BaseException, verb: str, finished: list[range], name: str = "rows") -> None:
+    """Add to an error, as the attribute ``finished_rows`` (or ``finished_columns``) and as a note, what ``out`` holds."""
+    what = ", ".join(f"{run.start}:{run.stop}" for run in finished) or "none"
+    with contextlib.suppress(AttributeError):  # an error that lets nothing be added to it; notes came with Python 3.11
+        setattr(error, f"finished_{name}", finished)
+        error.add_note(f"{verb}: interrupted; finished {name} of out: {what}.")  # type: ignore[attr-defined]
 
 
 def may_write(problem: Problem) -> bool:

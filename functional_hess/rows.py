@@ -11,6 +11,8 @@ Unit vectors live on the leaves they touch; no n x n identity is ever made.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,6 +53,7 @@ from functional_hess.products import (
     product_at,
     rows_of,
 )
+from functional_hess.resuming import InPlace, Record, said_of_call
 from functional_hess.transforms import Bound, bind, repaired
 from functional_hess.tree import Piece, Space, tensors_of
 from functional_hess.verification import Check, begin, unchecked
@@ -66,6 +69,8 @@ __all__ = [
     "evaluate",
     "look",
     "plan_rows",
+    "product_along",
+    "recorded",
     "refined",
     "rows_only",
     "try_one_row",
@@ -90,6 +95,7 @@ class Options:
     strict: bool = False
     progress: bool = False
     symmetric: bool = True
+    resume: str | os.PathLike[str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +159,8 @@ class Chunk:
 class Plan:
     """What a call is going to do: which rows against which columns, how many at once, in how much memory (bytes).
 
-    ``columns`` has the leaves that are wanted for each leaf with rows; the groups may compute more beside them.
+    ``columns`` has the leaves that are wanted for each leaf with rows; the groups may compute more beside them. Rows that are
+    finished according to ``record`` are in no group.
     """
 
     problem: Problem
@@ -164,6 +171,7 @@ class Plan:
     output: int
     held: int
     route: str = "dense rows"
+    record: Record | None = None
 
     @property
     def rows(self) -> int:
@@ -199,6 +207,8 @@ def look(
 def rows_only(problem: Problem, args: Sequence[Any]) -> str:
     """Why rows must be computed as they are, whatever the structure of f(*args); ``""`` if they need not."""
     options, x = problem.options, problem.bound.x
+    if options.resume is not None:
+        return "resume= keeps rows"
     if options != Options(has_aux=options.has_aux, strict=options.strict, progress=options.progress):
         return "an option says how rows are computed"
     if not is_outermost():
@@ -210,6 +220,35 @@ def rows_only(problem: Problem, args: Sequence[Any]) -> str:
     if len({(t.dtype, t.device) for t in x}) != 1 or torch.finfo(x[0].dtype).bits < 32:
         return "the leaves differ in dtype or device, or are of low precision"
     return ""
+
+
+def recorded(
+    problem: Problem, args: Sequence[Any], kwargs: Mapping[str, Any], argnums: Any, in_place: InPlace | None = None
+) -> Record | None:
+    """The record that ``resume`` names, with the rows that are finished.
+
+    Args:
+        problem: the function at a point; ``args``, ``kwargs`` and ``argnums`` are those of the call.
+        in_place: see :class:`functional_hess.resuming.Record`.
+    """
+    options = problem.options
+    if options.resume is None:
+        return None
+    if not isinstance(options.resume, (str, os.PathLike)):
+        raise TypeError(f"{problem.verb}: resume must be the path of a file, got {type(options.resume).__name__}.")
+    if not is_outermost() or get_proxy_mode() is not None:
+        raise ValueError(
+            f"{problem.verb}: resume= belongs to the outermost call, not inside another transform or a trace. Leave it out here."
+        )
+    said = {
+        "argnums": str(argnums),
+        "mode": options.mode,
+        "randomness": options.randomness,
+        "symmetric": options.symmetric,
+        "order": ", ".join(problem.space.paths[leaf] for leaf in problem.seen.order),
+    }
+    product = functools.partial(product_along, problem)
+    return Record(options.resume, said_of_call(problem.bound, args, kwargs, said), problem.space, product, in_place)
 
 
 def plan_rows(problem: Problem, wanted: Wanted, output: int, *, copies: int = 1, held: int = 0) -> Plan:
@@ -349,6 +388,8 @@ def evaluate(plan: Plan) -> Iterator[Chunk]:
     problem, replay = plan.problem, plan.problem.replay()
     with progress_bar(problem.verb, plan.rows, problem.options.progress) as advance:
         runner = _Runner(problem, replay)
+        if plan.record is not None and plan.record.by_columns is not None:
+            runner.keep_to(plan.record.by_columns)
         for group in plan.groups:
             runner.enter(group)
             for pieces in chunks_of(group.pieces, plan.chunk):
@@ -367,6 +408,16 @@ def try_one_row(plan: Plan) -> tuple[str, tuple[str, ...], Estimated | None]:
         mode, _ = runner.rows(plan.problem.space.one_hot([first]))
     product = runner.products.get(mode)
     return mode, tuple(sorted(used)), product.worst if isinstance(product, ByDifferences) else None
+
+
+def product_along(problem: Problem, v: Mapping[int, Tensor]) -> Tensors:
+    """H v at every leaf, in the mode in which rows are computed."""
+    leaves = tuple(problem.space.leaves)
+    with problem.replay() as replay:
+        runner = _Runner(problem, replay)
+        runner.enter(Group(leaves, leaves, ()))
+        _, products = runner.rows({leaf: t[None] for leaf, t in v.items()})
+    return tuple(t[0] for t in products)
 
 
 class _Runner:
@@ -400,12 +451,14 @@ class _Runner:
             return self._race(v)
         used, values = self._run(v, self.mode)
         if self.mode == "auto":
-            self.chain = (used, *(m for m in self.chain if m != used and self._fits(m, used)))
+            self.chain = (used, *(m for m in self.chain if m != used))
+            self.keep_to(used in BY_COLUMNS)
         return used, values
 
-    def _fits(self, mode: str, used: str) -> bool:
+    def keep_to(self, by_columns: bool) -> None:
         """Rows and columns of an asymmetric matrix cannot be mixed."""
-        return self.problem.options.symmetric or (mode in BY_COLUMNS) == (used in BY_COLUMNS)
+        if not self.problem.options.symmetric:
+            self.chain = tuple(mode for mode in self.chain if (mode in BY_COLUMNS) == by_columns)
 
     def _run(self, v: dict[int, Tensor], mode: str) -> tuple[str, Tensors]:
         problem, group = self.problem, self.group

@@ -15,11 +15,13 @@ watches an argument, they are concatenated instead, since neither can follow a w
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
 import functools
 import itertools
 import operator
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
@@ -43,6 +45,7 @@ from functional_hess.products import (
     product_at,
     rows_of,
 )
+from functional_hess.resuming import Record, runs_of
 from functional_hess.rows import (
     BY_COLUMNS,
     Chunk,
@@ -53,7 +56,9 @@ from functional_hess.rows import (
     evaluate,
     look,
     plan_rows,
+    recorded,
     refined,
+    rows_only,
     try_one_row,
 )
 from functional_hess.transforms import Output, flat_vmap, plain, require_argnums
@@ -89,6 +94,7 @@ def hessian(
     randomness: str = "error",
     strict: bool = False,
     out: Tensor | None = None,
+    resume: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Callable[..., Any]:
     """The Hessian of f: a function of the same arguments, whose result is a tree of trees of blocks.
@@ -106,7 +112,11 @@ def hessian(
         randomness: ``"error"`` refuses a random f, ``"same"`` fixes one draw for all rows.
         strict: refuse a leaf on which f does not depend.
         out: an (n, n) tensor to write into, in the coordinates of ``Space``; it may be memory-mapped
-            (``torch.from_file``). The blocks are then views of it.
+            (``torch.from_file``). The blocks are then views of it. An exception that interrupts the call, ``KeyboardInterrupt``
+            and a lack of memory included, tells by its attribute ``finished_rows`` and a note which rows it holds.
+        resume: the path of a small file beside a memory-mapped ``out``, in which finished rows are recorded. After an
+            interruption of any kind the same call takes up the rows that the file names and ``out`` holds, and computes the
+            others; ``chunk_size`` and ``memory_limit`` may be others. Rows are then computed as rows, whatever f's structure.
         progress: show a bar (needs tqdm).
 
     Returns:
@@ -121,6 +131,9 @@ def hessian(
         MemoryLimitError: it cannot fit; nothing has been allocated.
         MissingDerivativeError: an op has a second derivative in no mode.
         DependenceError: f(x) does not depend on x by differentiable operations.
+        ValueError: ``out`` does not fit; or ``resume`` comes without ``out``, names a file of another kind, or the record of a
+            call with other arguments, other options or another f; the message says what differs.
+        OSError: the file that ``resume`` names cannot be read and written.
 
     At kinks and where an operation has no second derivative the result is what :func:`~functional_hess.products.hvp` tells under
     *Singular points*: right, NaN, or the Hessian of one piece.
@@ -134,17 +147,27 @@ def hessian(
                 [ 6.,  0.]])
     """
     require_argnums("hessian", argnums)
-    options = Options(has_aux, mode, chunk_size, memory_limit, randomness, strict, progress, symmetric)
+    options = Options(has_aux, mode, chunk_size, memory_limit, randomness, strict, progress, symmetric, resume)
 
     def planned(*args: Any, **kwargs: Any) -> Plan | Lift | Colored:
         problem = look("hessian", f, args, kwargs, argnums, options)
         if out is not None:
             require_out(problem, out)
+        elif resume is not None:
+            raise ValueError(
+                "hessian: resume= keeps a record of the rows that out= holds, so it needs one: a memory-mapped tensor, as "
+                "torch.from_file makes it. hessian_rows takes resume= without."
+            )
         output = 0 if out is not None else _dense_bytes(problem.space)
         lifted = lift(problem, args, argnums, output)
         if isinstance(lifted, Lift):
             return lifted
-        return color(problem, args, output) or _because(_dense_plan(problem, symmetric, out), lifted)
+        colored = color(problem, args, output)
+        if colored:
+            return colored
+        record = functools.partial(recorded, problem, args, kwargs, argnums)
+        reason = lifted or (rows_only(problem, args) if resume is not None else "")
+        return _because(_dense_plan(problem, symmetric, out, record), reason)
 
     @derived_from(f)
     def transformed(*args: Any, **kwargs: Any) -> Any:
@@ -169,6 +192,7 @@ def value_grad_and_hessian(
     randomness: str = "error",
     strict: bool = False,
     out: Tensor | None = None,
+    resume: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Callable[..., Any]:
     """Value, gradient and Hessian: ``(value, g, H)``, with ``has_aux`` ``((value, aux), g, H)``.
@@ -191,6 +215,7 @@ def value_grad_and_hessian(
         randomness=randomness,
         strict=strict,
         out=out,
+        resume=resume,
         progress=progress,
     )
 
@@ -220,6 +245,7 @@ def hessian_rows(
     memory_limit: int | float | str | None = None,
     randomness: str = "error",
     strict: bool = False,
+    resume: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Callable[..., Iterator[tuple[Sequence[int], Tensor]]]:
     """Rows of the Hessian as a stream: an iterator of ``(rows, tensor of shape (k, n))``.
@@ -228,6 +254,10 @@ def hessian_rows(
     evenly spaced comes with a range, any other with a list. Nothing larger than a chunk is held, so H may be larger than memory.
     With ``has_aux`` the auxiliary result is dropped. Where custom derivative rules make H asymmetric, mode
     ``"forward-over-reverse"`` gives its columns instead. The other options are those of :func:`hessian`.
+
+    ``resume`` is the path of a small file in which rows are recorded as finished when the next ones are asked for, or the end.
+    After an interruption the same call goes on with the rows that are not: those that the caller was at come again, and what is
+    kept of the others is the caller's affair.
 
     Raises:
         IndexError: a row is out of range.
@@ -240,7 +270,7 @@ def hessian_rows(
         range(1, 3) [[0.0, 12.0, 0.0], [0.0, 0.0, 18.0]]
     """
     require_argnums("hessian_rows", argnums)
-    options = Options(has_aux, mode, chunk_size, memory_limit, randomness, strict, progress, symmetric=False)
+    options = Options(has_aux, mode, chunk_size, memory_limit, randomness, strict, progress, symmetric=False, resume=resume)
 
     def planned(*args: Any, **kwargs: Any) -> Plan:
         problem = look("hessian_rows", f, args, kwargs, argnums, options)
@@ -248,8 +278,10 @@ def hessian_rows(
         every = tuple(problem.space.leaves)
         chosen = range(problem.space.dim) if rows is None else _checked(rows, problem.space.dim)
         row = problem.space.dim * problem.space.dtype.itemsize
-        pieces = problem.space.pieces(chosen)
-        return plan_rows(problem, [(piece, every) for piece in pieces], output=0, held=2 * row)  # joined; the caller's last one
+        record = recorded(problem, args, kwargs, argnums)
+        pieces = [piece for part in _left(chosen, record) for piece in problem.space.pieces(part)]
+        plan = plan_rows(problem, [(piece, every) for piece in pieces], output=0, held=2 * row)  # joined; the caller's last one
+        return _taken_up(plan, record)
 
     @derived_from(f)
     def transformed(*args: Any, **kwargs: Any) -> Iterator[tuple[Sequence[int], Tensor]]:
@@ -260,10 +292,35 @@ def hessian_rows(
 
 
 def _stream(plan: Plan) -> Iterator[tuple[Sequence[int], Tensor]]:
-    space = plan.problem.space
-    for chunk in evaluate(plan):
-        stacked = [flat(values).to(space.device, space.dtype) for values in chunk.values]
-        yield _numbers(space, chunk.pieces), plain([torch.cat(stacked, 1)])[0]
+    space, record = plan.problem.space, plan.record
+    with record.open() if record else contextlib.nullcontext():
+        for chunk in evaluate(plan):
+            stacked = [flat(values).to(space.device, space.dtype) for values in chunk.values]
+            rows = _numbers(space, chunk.pieces)
+            yield rows, plain([torch.cat(stacked, 1)])[0]
+            if record:  # the next rows are asked for
+                record.add(rows, chunk.by_columns)
+
+
+def _left(rows: Sequence[int], record: Record | None) -> list[Sequence[int]]:
+    """Those of the chosen rows that are not finished."""
+    if record is None or not record.done.any():
+        return [rows]
+    if isinstance(rows, range) and rows.step == 1:
+        left = ~record.done
+        left[: rows.start], left[rows.stop :] = False, False
+        return list(runs_of(left))
+    return [[row for row in rows if not record.done[row]]]
+
+
+def _taken_up(plan: Plan, record: Record | None) -> Plan:
+    """The plan of the rows that are left."""
+    if record is None:
+        return plan
+    finished, n = int(record.done.sum()), record.space.dim
+    return dataclasses.replace(
+        plan, record=record, route=f"{plan.route} ({finished:,} of {n:,} finished)" if finished else plan.route
+    )
 
 
 def _numbers(space: Space, pieces: Sequence[Piece]) -> Sequence[int]:
@@ -482,7 +539,7 @@ def _because(plan: Plan, reason: str) -> Plan:
     return dataclasses.replace(plan, route=f"{plan.route} because {reason}") if reason else plan
 
 
-def _dense_plan(problem: Problem, symmetric: bool, out: Tensor | None) -> Plan:
+def _dense_plan(problem: Problem, symmetric: bool, out: Tensor | None, recorded: Callable[..., Record | None]) -> Plan:
     space, order = problem.space, problem.seen.order
     output = _dense_bytes(space)
     if not problem.is_scalar:
@@ -490,25 +547,40 @@ def _dense_plan(problem: Problem, symmetric: bool, out: Tensor | None) -> Plan:
         wanted = [(_whole(space, leaf), tuple(space.leaves)) for leaf in space.leaves]
         plan = plan_rows(problem, wanted, output=output * outputs, copies=max(1, outputs))
         return dataclasses.replace(plan, route="dense rows of each output")
-    wanted = [(_whole(space, leaf), tuple(order[i if symmetric else 0 :])) for i, leaf in enumerate(order)]
-    return plan_rows(problem, wanted, output=0 if out is not None else output)
+    columns = {leaf: tuple(order[i if symmetric else 0 :]) for i, leaf in enumerate(order)}
+    record = recorded(Blocks(problem, columns, symmetric=symmetric, out=out).held)
+    wanted = [(piece, columns[leaf]) for leaf in order for piece in (record.missing(leaf) if record else [_whole(space, leaf)])]
+    plan = plan_rows(problem, wanted, output=0 if out is not None else output)
+    return _taken_up(dataclasses.replace(plan, columns=columns), record)
 
 
 def _dense(plan: Plan | Lift | Colored, symmetric: bool, out: Tensor | None) -> Tree:
-    space = plan.problem.space
-    if isinstance(plan, Lift):
-        found = lifted_blocks(plan, list(itertools.product(space.leaves, repeat=2)), out)
-        return space.unpack([space.unpack([found[p, q] for q in space.leaves]) for p in space.leaves])
-    if isinstance(plan, Colored):
-        found = colored_blocks(plan, itertools.product(space.leaves, space.leaves), out)
-        return space.unpack([space.unpack([found[p, q] for q in space.leaves]) for p in space.leaves])
-    if not plan.problem.is_scalar:
+    problem, space = plan.problem, plan.problem.space
+    if isinstance(plan, Plan) and not problem.is_scalar:
         return _dense_of_each_output(plan)
-    blocks = Blocks(plan.problem, plan.columns, symmetric=symmetric, out=out)
-    for chunk in evaluate(plan):
-        blocks.add(chunk)
-        del chunk  # before the next is computed
-    return space.unpack([space.unpack([blocks.block(p, q) for q in space.leaves]) for p in space.leaves])
+    pairs = [(p, q) for p in space.leaves for q in space.leaves]
+    blocks = Blocks(problem, plan.columns if isinstance(plan, Plan) else {}, symmetric=symmetric, out=out)
+    with blocks.told():
+        if isinstance(plan, Lift):
+            found = lifted_blocks(plan, pairs, out)
+        elif isinstance(plan, Colored):
+            found = colored_blocks(plan, pairs, out)
+        else:
+            _fill(blocks, plan)
+            found = {(p, q): blocks.block(p, q) for p, q in pairs}
+    return space.unpack([space.unpack([found[p, q] for q in space.leaves]) for p in space.leaves])
+
+
+def _fill(blocks: Blocks, plan: Plan) -> None:
+    record = plan.record
+    with record.open() if record else contextlib.nullcontext():
+        if record:
+            blocks.take_up(record.done, bool(record.by_columns))
+        for chunk in evaluate(plan):
+            blocks.add(chunk)
+            if record:
+                record.add(_numbers(plan.problem.space, chunk.pieces), blocks.by_columns)
+            del chunk  # before the next is computed
 
 
 def _dense_of_each_output(plan: Plan) -> Tree:

@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("levels", "connections"),
     ("guards", "transcripts"),
     ("transforms", "impurity", "extrapolation"),
-    ("jacobians", "chunking", "prepared", "modules"),
+    ("jacobians", "chunking", "prepared", "modules", "resuming"),
     ("verification",),
     ("products",),
     ("risk", "sites", "taylor", "sparsity", "rows"),
