@@ -19,7 +19,6 @@ import contextlib
 import dataclasses
 import fnmatch
 import functools
-import itertools
 import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
