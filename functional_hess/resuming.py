@@ -9,8 +9,8 @@ Lines bear a checksum, and one that is torn or damaged counts for nothing. Where
 their digest, and rows count as finished only while ``out`` still holds what was written:
 
 * *A killed process* loses the chunk that it was at. What it wrote into a mapped file is the system's, and stays.
-* *A power loss* loses what the system had not yet brought to the disk, of ``out`` and of this file in any order. Rows that ``out``
-  lost are seen by their digest, and computed again. This file is asked to the disk once a second.
+* *A power loss* loses what the system had not yet brought to the disk, of ``out`` and of this file in any order. Rows that
+  ``out`` lost are seen by their digest, and computed again. This file is asked to the disk once a second.
 * *Another* ``out``, or one that was changed, holds none of the rows, and they are computed again.
 
 Rows that are handed to the caller (:func:`functional_hess.second_order.hessian_rows`) count as finished as soon as the next ones

@@ -274,6 +274,23 @@ def waiting(patch: Patch) -> None:
         worker.join()
 
 
+def resumed(first: Callable[[Any], Any] | bytes | None, *args: Any, **options: Any) -> Callable[[Patch], Any]:
+    """A call that finds the record of ``first``, a function of ``W``, or a file of those bytes, or a folder."""
+
+    def call(_: Patch) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "rows")
+            if callable(first):
+                fh.hessian(first, out=torch.zeros(2, 2), resume=path)(W)
+            elif first is None:
+                path.mkdir()
+            else:
+                path.write_bytes(first)
+            fh.hessian(cube, **{"out": torch.zeros(2, 2), "resume": path, **options})(*(args or (W,)))
+
+    return call
+
+
 def without(name: str, call: Callable[[], Any]) -> Callable[[Patch], Any]:
     """The call where a package is missing."""
 
@@ -838,6 +855,60 @@ ROWS: dict[str, list[Row]] = {
             ValueError,
             "hessian: out must have shape (2, 2), torch.float32, cpu, got shape (2, 3), torch.float32, cpu.",
             lambda _: fh.hessian(cube, out=torch.zeros(2, 3))(W),
+        ),
+        Row(
+            "resume",
+            ValueError,
+            "hessian: resume= keeps a record of the rows that out= holds, so it needs one: a memory-mapped tensor, as "
+            "torch.from_file makes it. hessian_rows takes resume= without.",
+            lambda _: fh.hessian(cube, resume="rows")(W),
+        ),
+        Row(
+            "resume",
+            TypeError,
+            "hessian: resume must be the path of a file, got bool.",
+            lambda _: fh.hessian(cube, out=torch.zeros(2, 2), resume=True)(W),  # type: ignore[arg-type]
+        ),
+        Row(
+            "resume",
+            ValueError,
+            "hessian_rows: resume= belongs to the outermost call, not inside another transform or a trace. Leave it out here.",
+            lambda _: fh.vmap(lambda x: next(fh.hessian_rows(cube, resume="rows")(x))[1])(W[None]),
+        ),
+        Row(
+            "resume",
+            ValueError,
+            "hessian: resume='...rows' cannot be taken up: it is no record of finished rows. Pass another path, or delete the "
+            "file to begin anew.",
+            resumed(b"one\ntwo\n"),
+        ),
+        Row(
+            "resume",
+            ValueError,
+            "hessian: resume='...rows' cannot be taken up: the first line of a record is damaged. Pass another path, or delete "
+            "the file to begin anew.",
+            resumed(b'{"functional_hess": "finished rows", "n": 2} 00000000\n'),
+        ),
+        Row(
+            "args[0]",
+            ValueError,
+            "hessian: resume='...rows' is the record of another call: mode is double-backward, was auto; args[0] has other "
+            "numbers. Pass another path, or delete the file to begin anew.",
+            resumed(cube, 2 * W, mode="double-backward"),
+        ),
+        Row(
+            "f",
+            ValueError,
+            "hessian: resume='...rows' is the record of another call: f is another function or draws other numbers, for its "
+            "Hessian times a fixed vector has changed. Pass another path, or delete the file to begin anew.",
+            resumed(lambda x: 2 * cube(x)),
+        ),
+        Row(
+            "resume",
+            OSError,
+            "hessian: resume='...rows' cannot be read and written (Is a directory). Pass the path of a file that is there or "
+            "can be made.",
+            resumed(None),
         ),
         Row(
             "chunk_size",
