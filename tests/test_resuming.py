@@ -631,6 +631,18 @@ def test_whatever_interrupts_a_call_tells_the_rows_that_out_holds(k, error, happ
     assert_clean()
 
 
+def test_rows_whose_mirror_images_are_not_whole_are_not_called_finished(tmp_path):
+    call(energy, tmp_path)(point())
+    out = mapped(tmp_path / "out")
+    out[8:11] = torch.nan
+    with pytest.raises(Mine) as caught:
+        call(Counted(OTHERS + 1, raising(Mine)), tmp_path)(point())
+    assert caught.value.finished_rows == [range(5, 8), range(11, 20)]  # and none of b and c, which are columns of w's
+    with pytest.raises(Mine) as caught:
+        call(Counted(OTHERS + 2, raising(Mine)), tmp_path, chunk_size=2)(point())
+    assert caught.value.finished_rows == [range(5, 10), range(11, 20)]
+
+
 def test_columns_are_called_columns():
     out = torch.full((N, N), torch.nan, dtype=torch.float64)
     with pytest.raises(Mine) as caught:
