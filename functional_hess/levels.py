@@ -133,7 +133,9 @@ class _ForwardModeLock:
         self._lock = threading.RLock()
 
     def renew(self) -> None:
-        self._lock = threading.RLock()
+        """In a forked child the thread that held the lock is gone, unless it is this one: f forked, and the child goes on in it."""
+        if not self._lock._is_owned():  # type: ignore[attr-defined]
+            self._lock = threading.RLock()
 
     def __enter__(self) -> None:
         if not self._lock.acquire(timeout=FORWARD_MODE_TIMEOUT):
