@@ -133,7 +133,7 @@ class _ForwardModeLock:
         self._lock = threading.RLock()
 
     def renew(self) -> None:
-        """In a forked child the thread that held the lock is gone, unless it is this one: f forked, and the child goes on in it."""
+        """In a forked child the thread that held the lock is gone, unless f forked, and the child goes on within it."""
         if not self._lock._is_owned():  # type: ignore[attr-defined]
             self._lock = threading.RLock()
 

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functional_hess.chunking import MIB, WORKING_SET, Estimate, chunk_for, survey
+from functional_hess.chunking import MIB, WORKING_SET, fits, megabytes, survey
 from functional_hess.guards import missing_rule, out_of_memory
 from functional_hess.independence import common_positions, independent_parts
 from functional_hess.levels import flat_jvp, flat_value_and_grad, flat_vmap, repaired
@@ -106,11 +106,8 @@ def lift(problem: Problem, args: Sequence[Any], argnums: Any, output: int, *, di
         args: its arguments.
         argnums: those that are differentiated.
         output: bytes that the call allocates for its result.
-
-    Raises:
-        MemoryLimitError: the result does not fit.
     """
-    why_not = rows_only(problem, args)
+    why_not = rows_only(problem, args) or ("" if fits(output, problem.space.device) else "the result would not fit")
     if not isinstance(problem.f, EmpiricalRisk):
         rows = problem.space.dim * (problem.seen.saved + problem.seen.held / 32)  # products with data cost less for a byte
         return "" if why_not or rows < WORTH_A_PROOF or not problem.is_scalar else _of_plain(problem, args, output, diagonal)
@@ -174,11 +171,9 @@ def _planned(
         return "no leaf enters through affine sites alone"
     if plan.directions > WORTH * problem.space.dim:
         return f"{plan.directions:,} directions for {problem.space.dim:,} rows do not pay"
-    reason = _certify(plan, (kind, found.tracked, found.forbidden, parts))
-    if reason:
-        return reason
-    _require_memory(plan)
-    return plan
+    if not fits(output + _working(plan), x[0].device):
+        return f"lifting would work with {megabytes(_working(plan))} beside the result, and there is less"
+    return _certify(plan, (kind, found.tracked, found.forbidden, parts)) or plan
 
 
 def _in_parts(
@@ -217,18 +212,9 @@ def _groups(found: Discovery, x: Tensors, parts: int) -> tuple[Site, ...]:
     return (*sorted(direct, key=lambda group: group.size), *sites)
 
 
-def _require_memory(plan: Lift) -> None:
-    chunk_for(
-        plan.problem.verb,
-        rows=plan.directions,
-        output=plan.output,
-        mean_result=1.0,
-        bound=Estimate(0.0, WORKING_SET / plan.at_once, "lifted"),
-        refine=None,
-        device=plan.x[0].device,
-        memory_limit=None,
-        chunk_size=min(plan.at_once, plan.directions),
-    )
+def _working(plan: Lift) -> int:
+    """Bytes that are worked with."""
+    return WORKING_SET * min(plan.at_once, plan.directions) // plan.at_once
 
 
 def _dear(sizes: Sequence[int], parts: int, sites: Sequence[Site], direct: frozenset[int]) -> frozenset[int]:

@@ -454,6 +454,17 @@ def test_explain_says_why_rows_are_taken(call, reason):
     assert call(empirical_risk(net.loss), net).route.startswith(f"dense rows because {reason}")
 
 
+@pytest.mark.parametrize(
+    ("room", "reason"), [(-1, "the result would not fit"), (0, "lifting would work with ")], ids=["none", "rows"]
+)
+def test_what_does_not_fit_lifted_goes_by_rows(monkeypatch, room, reason):
+    net = ARCHITECTURES[0]
+    risk, output = empirical_risk(net.loss), Space.of(net.p).dim ** 2 * 8
+    monkeypatch.setattr(lifting, "fits", lambda amount, _: amount <= output + room)
+    assert explain(fh.hessian(risk), net.p, net.X, net.y).route.startswith(f"dense rows because {reason}")
+    assert relative_error(Space.of(net.p).matrix(fh.hessian(risk)(net.p, net.X, net.y)), net.truth()) < 1e-12
+
+
 def _watched(p: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.clone().requires_grad_() for name, t in p.items()}
 

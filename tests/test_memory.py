@@ -176,3 +176,40 @@ print(json.dumps(dict(anonymous=peak.anonymous)))
 """
     )
     assert got["anonymous"] < 24 * MIB  # 300 products are 46 MiB
+
+
+LIMITED = """
+import resource
+
+A = torch.randn(128, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def network(x):
+    return torch.tanh(torch.tanh(A @ x[:4096].view(64, 64)) @ x[4096:].view(64, 8)).square().sum()
+
+
+def coupled(x):
+    return x.sum().sin() * x.square().sum()
+
+
+x = point(4608)
+f = dict(rosenbrock=rosenbrock, network=network, coupled=coupled)[{f!r}]
+expected = fh.hvp(f, x, torch.ones_like(x), mode="reverse-over-reverse")
+resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") + {extra} * 2**20,) * 2)
+try:
+    H = fh.hessian(f)(x)
+    outcome = "right" if torch.allclose(H.sum(1), expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max())) else "wrong"
+except fh.MemoryLimitError as error:
+    outcome = str(error)
+print(json.dumps(outcome))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", [4, 60, 250, 320, 1000])  # MiB; the result takes 162
+@pytest.mark.parametrize("f", ["rosenbrock", "network", "coupled"])  # by colors, by units, by rows
+def test_under_a_limit_of_the_address_space_a_hessian_fits_its_chunk_or_is_refused(f, extra):
+    outcome = answer(LIMITED.format(f=f, extra=extra))  # which fails if the process dies, or raises anything else
+    if outcome != "right":
+        assert outcome.startswith("hessian: 4,608 rows need 17") and "60% of the memory available is" in outcome
+    assert (outcome == "right") == (extra >= 320)
