@@ -33,7 +33,7 @@ from functional_hess.levels import reached_variables
 from functional_hess.nesting import is_outermost
 from functional_hess.tree import tensors_of
 
-__all__ = ["Discovery", "Lifted", "Site", "SitesChanged", "find_sites"]
+__all__ = ["Discovery", "Entry", "Key", "Lifted", "Site", "SitesChanged", "find_sites"]
 
 Tensors = tuple[Tensor, ...]
 Loss = Callable[[Sequence[Tensor]], Tensor]

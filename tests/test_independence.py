@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import functional_hess as fh
-from functional_hess import Space, explain, lifting
+from functional_hess import Space, contraction, explain, lifting, seeding
 from functional_hess.independence import independent_parts
 from functional_hess.sites import find_sites
 
@@ -192,9 +192,10 @@ def test_samples_that_meet_are_computed_by_rows(loss):
 @pytest.mark.parametrize("name", ["network", "attention", "normalized", "convolution"])
 def test_directions_and_samples_may_come_in_any_portions(name, directions, monkeypatch):
     loss = next(each for each in LOSSES if each.name == name)
-    monkeypatch.setattr(lifting, "DIRECTIONS", directions)
+    monkeypatch.setattr(seeding, "DIRECTIONS", directions)
     for working_set in (2**26, 20_000):
-        monkeypatch.setattr(lifting, "WORKING_SET", working_set)
+        for module in (lifting, seeding, contraction):
+            monkeypatch.setattr(module, "WORKING_SET", working_set)
         monkeypatch.setattr(lifting, "PROOF", 0)
         space = Space.of(loss.p)
         assert relative_error(space.matrix(fh.hessian(loss.f)(loss.p)), loss.truth()) < 1e-12

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import functional_hess as fh
-from functional_hess import Space, empirical_risk, explain, lifting, sites
+from functional_hess import Space, contraction, empirical_risk, explain, lifting, seeding, sites
 
 N = 5
 ce = F.cross_entropy
@@ -278,10 +278,11 @@ def test_a_tuple_of_argnums_is_lifted():
 @pytest.mark.parametrize("name", ["shared and transposed", "tied embedding", "convolution", "used in two ways"])
 def test_directions_and_samples_may_come_in_any_portions(name, directions, monkeypatch):
     net = next(n for n in ARCHITECTURES if n.name == name)
-    monkeypatch.setattr(lifting, "DIRECTIONS", directions)
+    monkeypatch.setattr(seeding, "DIRECTIONS", directions)
     H, space = net.truth(), Space.of(net.p)
     for working_set in (2**26, 20_000):
-        monkeypatch.setattr(lifting, "WORKING_SET", working_set)
+        for module in (lifting, seeding, contraction):
+            monkeypatch.setattr(module, "WORKING_SET", working_set)
         risk = empirical_risk(net.loss)
         assert relative_error(space.matrix(fh.hessian(risk)(net.p, net.X, net.y)), H) < 1e-12
         assert relative_error(space.ravel(fh.hessian_diagonal(risk)(net.p, net.X, net.y)), H.diagonal()) < 1e-12
@@ -313,7 +314,8 @@ class Alive(TorchDispatchMode):
 
 @pytest.mark.parametrize("verb", [fh.hessian, fh.hessian_diagonal])
 def test_memory_does_not_grow_with_the_samples(verb, monkeypatch):
-    monkeypatch.setattr(lifting, "WORKING_SET", 2**20)
+    for module in (lifting, seeding, contraction):
+        monkeypatch.setattr(module, "WORKING_SET", 2**20)
     p = params(a=(6, 12), b=(12, 12), c=(12, 3))
     risk = empirical_risk(lambda p, x, y: ce(torch.tanh(torch.tanh(x @ p["a"]) @ p["b"]) @ p["c"], y), batch_size=64)
     peaks = []

@@ -1,0 +1,228 @@
+"""From second derivatives in perturbations of affine sites to those in parameters: matrix products alone.
+
+With eps_s added to z_s = W_s h_s, a pair of sites s <= t of N samples gives
+
+    H[(s,i,j),(t,k,p)] = sum_n  h_s[j] A_st[i,k] h_t[p]  +  sum_n  h_s[j] g_t[k] D_ts[p,i],
+
+summed over the positions of a site too, where A_st = d2L/deps_s deps_t, g_t = dL/deps_t and D_ts = dh_t/deps_s. The products are
+ordered by what is small: Khatri-Rao where a sample has one position, and of s = t only the half that symmetry leaves, twice: A
+is symmetric in (i, k), and h[j] h[p] in (j, p).
+
+No derivative is taken here, and nothing is known of how A and D were found.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from functional_hess.chunking import WORKING_SET
+from functional_hess.sites import Entry, Site
+
+__all__ = ["Pair", "add_block", "blocks_of", "diagonal_of"]
+
+ENOUGH = 128  # samples from which on half of the products are worth putting the other half in its places
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """What the sites s and t give for N samples, S and T their positions.
+
+    ``hs`` (N, S, f), ``A`` (S, i, N, T, k), ``ht`` (N, T, f'), ``g`` (N, T, k), ``D`` (S, i, N, T, f') or ``None`` where it
+    vanishes.
+    """
+
+    s: Site
+    t: Site
+    same: bool
+    hs: Tensor
+    A: Tensor
+    ht: Tensor
+    g: Tensor
+    D: Tensor | None
+
+    @property
+    def whole(self) -> bool:
+        """Whether this is all of a site with itself: then it is symmetric."""
+        return self.same and self.s.units.shape == self.t.units.shape
+
+    def split(self, count: int) -> Iterator[Pair]:
+        """The same for ``count`` samples at a time."""
+        slopes = itertools.repeat(None) if self.D is None else self.D.split(count, 2)
+        parts = (self.hs.split(count), self.A.split(count, 2), self.ht.split(count), self.g.split(count), slopes)
+        for hs, A, ht, g, D in zip(*parts, strict=False):
+            yield dataclasses.replace(self, hs=hs, A=A, ht=ht, g=g, D=D)
+
+    def rows(self, units: slice) -> Pair:
+        """Some units of s alone."""
+        D = None if self.D is None else self.D[:, units]
+        return dataclasses.replace(self, s=_units(self.s, units), A=self.A[:, units], D=D)
+
+    def columns(self, units: slice) -> Pair:
+        """Some units of t alone."""
+        return dataclasses.replace(self, t=_units(self.t, units), A=self.A[..., units], g=self.g[..., units])
+
+
+def _units(site: Site, units: slice) -> Site:
+    entries = tuple(Entry(e.leaf, e.index[units], e.is_bias) for e in site.entries)
+    return Site(site.key, site.units[:, units], entries)
+
+
+# ---------------------------------------------------------------------------------------------------- blocks
+
+
+def blocks_of(pair: Pair) -> Iterator[tuple[Entry, Entry, Tensor]]:
+    """All that a pair adds to H: the entries of two leaves and values (i, j, k, p), with the mirror image where it is another."""
+    for some, mirrored in _in_parts(pair):
+        values = _contracted(some)
+        for (sa, a), (sb, b) in itertools.product(some.s.slices(), some.t.slices()):
+            yield a, b, values[:, sa, :, sb]
+            if mirrored:
+                yield b, a, values[:, sa, :, sb].permute(2, 3, 0, 1)
+
+
+def _in_parts(pair: Pair) -> Iterator[tuple[Pair, bool]]:
+    """A pair in parts of units whose blocks fit the working set, and whether the mirror image of the part is wanted too."""
+    block = pair.hs.shape[2] * pair.t.out * pair.ht.shape[2] * pair.hs.element_size()
+    step = max(1, int(WORKING_SET / 4 / max(1, block)))
+    for first in range(0, pair.s.out, step):
+        rows = pair.rows(slice(first, first + step))
+        if not pair.whole:
+            yield rows, not pair.same
+            continue
+        yield rows.columns(slice(first, first + step)), False
+        if first + step < pair.t.out:
+            yield dataclasses.replace(rows.columns(slice(first + step, None)), same=False), True
+
+
+def _contracted(pair: Pair) -> Tensor:
+    """The block of H between the entries of two sites, (i, j, k, p): both terms of the formula above."""
+    terms: list[Tensor] = []
+    for few in pair.split(_fit(pair)):
+        curvature = _symmetric(few.hs, few.A) if _is_symmetric(few) else _curvature(few.hs, few.A, few.ht)
+        terms = [*terms, curvature, *([] if few.D is None else [_slope(few.hs, few.g, few.D)])]
+        terms = [functools.reduce(Tensor.add_, terms)]
+    return terms[0]
+
+
+def _fit(pair: Pair) -> int:
+    """How many samples at a time, so that no product on the way to a block exceeds the working set."""
+    (_, S, J), (_, T, P), o, q = pair.hs.shape, pair.ht.shape, pair.s.out, pair.t.out
+    largest = max(J * P if S == T == 1 and 4 * o * q >= P else 0, J * o * T * q, J * q * S, q * o * P * S)
+    return max(1, int(WORKING_SET / 4 / (largest * pair.hs.element_size())))
+
+
+def _is_symmetric(pair: Pair) -> bool:
+    """Whether both halves are equal and there are enough samples to make one of them alone."""
+    N, S, J = pair.hs.shape
+    return pair.whole and S == 1 and N >= ENOUGH and 4 * pair.s.out**2 >= J
+
+
+def _symmetric(hs: Tensor, A: Tensor) -> Tensor:
+    """sum over n of h[n,j] A[i,n,k] h[n,p] -> (i, j, k, p), one of each two equal products alone."""
+    (N, _, J), o = hs.shape, A.shape[1]
+    (i, k), (j, p) = (torch.triu_indices(m, m, device=hs.device) for m in (o, J))
+    pairs = hs[:, 0].index_select(1, j) * hs[:, 0].index_select(1, p)
+    half = A.reshape(o, N, o).transpose(1, 2)[i, k] @ pairs
+    full = half.index_select(1, _places(j, p, J)).index_select(0, _places(i, k, o))
+    return full.view(o, o, J, J).permute(0, 2, 1, 3)
+
+
+def _places(i: Tensor, k: Tensor, m: int) -> Tensor:
+    """Where each of the m x m entries of a symmetric matrix is among those of its upper triangle (i, k)."""
+    places = i.new_zeros(m, m)
+    places[i, k] = places[k, i] = torch.arange(len(i), device=i.device)
+    return places.flatten()
+
+
+def _curvature(hs: Tensor, A: Tensor, ht: Tensor) -> Tensor:
+    """sum over n, a, b of hs[n,a,j] A[a,i,n,b,k] ht[n,b,p] -> (i, j, k, p)"""
+    (N, S, J), (_, T, P), o, q = hs.shape, ht.shape, A.shape[1], A.shape[4]
+    if S == T == 1 and 4 * o * q >= P:
+        pairs = (hs[:, 0, :, None] * ht[:, 0, None, :]).reshape(N, J * P)  # Khatri-Rao: a row for each sample
+        return (A.reshape(o, N, q).transpose(1, 2).reshape(o * q, N) @ pairs).view(o, q, J, P).permute(0, 2, 1, 3)
+    if S == T == 1:  # few units, many features: a scaled product for each pair of units
+        weighted = A.reshape(o, N, q).permute(0, 2, 1).reshape(o * q, N, 1) * hs.reshape(1, N, J)
+        return (weighted.mT @ ht.reshape(N, P)).view(o, q, J, P).permute(0, 2, 1, 3)
+    half = hs.mT @ A.permute(2, 0, 1, 3, 4).reshape(N, S, o * T * q)  # (n, j, (i b k))
+    return (half.view(N, J, o, T, q).permute(2, 1, 4, 0, 3).reshape(o * J * q, N * T) @ ht.reshape(N * T, P)).view(o, J, q, P)
+
+
+def _slope(hs: Tensor, g: Tensor, D: Tensor) -> Tensor:
+    """sum over n, a, b of hs[n,a,j] g[n,b,k] D[a,i,n,b,p] -> (i, j, k, p)"""
+    (N, S, J), (_, T, q), o, P = hs.shape, g.shape, D.shape[1], D.shape[4]
+    if T == 1:
+        pairs = (hs[:, :, :, None] * g[:, :, None, :]).reshape(N * S, J * q)
+        return (D.permute(1, 4, 2, 0, 3).reshape(o * P, N * S) @ pairs).view(o, P, J, q).permute(0, 2, 3, 1)
+    half = g.mT @ D.permute(2, 3, 0, 1, 4).reshape(N, T, S * o * P)  # (n, k, (a i p))
+    turned = half.view(N, q, S, o, P).permute(0, 2, 3, 1, 4).reshape(N * S, o * q * P)
+    return (hs.reshape(N * S, J).T @ turned).view(J, o, q, P).transpose(0, 1)
+
+
+def add_block(block: Tensor, a: Tensor, b: Tensor, values: Tensor) -> None:
+    """Add values (i, j, k, p) at the places a (i, j) and b (k, p) of two leaves."""
+    first, second = _layout(a, block.shape[0]), _layout(b, block.shape[1])
+    if first and second:
+        target = block.unflatten(1, second[1]).unflatten(0, first[1])
+        target.add_(values.permute(*first[0], 2 + second[0][0], 2 + second[0][1]))
+    else:
+        block.index_put_((a.flatten()[:, None], b.flatten()), values.reshape(a.numel(), -1), accumulate=True)
+
+
+def _layout(index: Tensor, numel: int) -> tuple[tuple[int, int], torch.Size] | None:
+    """How (out, in) lies in its leaf: the permutation to the leaf's order and the two sizes; ``None`` for a selection."""
+    if index.numel() != numel:
+        return None
+    for permutation, m in (((0, 1), index), ((1, 0), index.T)):
+        if m.flatten().equal(torch.arange(numel, device=index.device)):
+            return permutation, m.shape
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------- the diagonal
+
+
+def diagonal_of(pair: Pair) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The diagonal entries that a pair of sites adds to: leaf, their places in it, values."""
+    for (sa, ea), (sb, eb) in itertools.product(pair.s.slices(), pair.t.slices()):
+        if ea.leaf != eb.leaf:
+            continue
+        a, b, D = pair.hs[..., sa], pair.ht[..., sb], None if pair.D is None else pair.D[..., sb]
+        where = _rows_in_common(ea.index, eb.index)
+        if where is not None:  # row i of the first is row where[i] of the second, every feature in its place
+            A = pair.A[..., where].diagonal(0, 1, 4)  # (S, N, T, i)
+            if a.shape[1] == b.shape[1] == 1:
+                values = A[0, :, 0].T @ (a * b)[:, 0]
+            else:
+                values = torch.einsum("naj,anbi,nbj->ij", a, A, b)
+            if D is not None:
+                values = values + torch.einsum("naj,nbi,ainbj->ij", a, pair.g[..., where], D)
+            yield ea.leaf, ea.index.flatten(), values.flatten()
+            continue
+        x, y = (ea.index.flatten()[:, None] == eb.index.flatten()).nonzero(as_tuple=True)  # seen differently: tied, sliced
+        i, j, k, p = x // ea.index.shape[1], x % ea.index.shape[1], y // eb.index.shape[1], y % eb.index.shape[1]
+        values = torch.einsum("nae,anbe,nbe->e", a[..., j], _picked(pair.A, i, k), b[..., p])
+        if D is not None:
+            values = values + torch.einsum("nae,nbe,anbe->e", a[..., j], pair.g[..., k], _picked(D, i, p))
+        yield ea.leaf, ea.index.flatten()[x], values
+
+
+def _picked(M: Tensor, i: Tensor, k: Tensor) -> Tensor:
+    return M.permute(0, 2, 3, 1, 4)[..., i, k]
+
+
+def _rows_in_common(a: Tensor, b: Tensor) -> Tensor | None:
+    """Which rows of b the rows of a are, if they are rows of b."""
+    if a.shape[1] != b.shape[1]:
+        return None
+    if a.shape == b.shape and a.equal(b):
+        return torch.arange(a.shape[0], device=a.device)
+    found = (a[:, None, 0] == b[None, :, 0]).nonzero()
+    if len(found) != len(a) or not b[found[:, 1]].equal(a):
+        return None
+    return found[:, 1]
