@@ -166,22 +166,24 @@ def _slope(hs: Tensor, g: Tensor, D: Tensor) -> Tensor:
 
 def add_block(block: Tensor, a: Tensor, b: Tensor, values: Tensor) -> None:
     """Add values (i, j, k, p) at the places a (i, j) and b (k, p) of two leaves."""
-    first, second = _layout(a, block.shape[0]), _layout(b, block.shape[1])
+    first, second = _lattice(a), _lattice(b)
     if first and second:
-        target = block.unflatten(1, second[1]).unflatten(0, first[1])
-        target.add_(values.permute(*first[0], 2 + second[0][0], 2 + second[0][1]))
+        row, column = block.stride()
+        strides = (first[1] * row, first[2] * row, second[1] * column, second[2] * column)
+        start = block.storage_offset() + first[0] * row + second[0] * column
+        block.as_strided(values.shape, strides, start).add_(values)
     else:
         block.index_put_((a.flatten()[:, None], b.flatten()), values.reshape(a.numel(), -1), accumulate=True)
 
 
-def _layout(index: Tensor, numel: int) -> tuple[tuple[int, int], torch.Size] | None:
-    """How (out, in) lies in its leaf: the permutation to the leaf's order and the two sizes; ``None`` for a selection."""
-    if index.numel() != numel:
-        return None
-    for permutation, m in (((0, 1), index), ((1, 0), index.T)):
-        if m.flatten().equal(torch.arange(numel, device=index.device)):
-            return permutation, m.shape
-    return None
+def _lattice(index: Tensor) -> tuple[int, int, int] | None:
+    """(start, step, step) if index[i, j] = start + i step + j step, as in a matrix, its transpose, and rows or columns of it."""
+    m, n = index.shape
+    start = int(index[0, 0])
+    steps = (int(index[1, 0]) - start if m > 1 else n, int(index[0, 1]) - start if n > 1 else 1)
+    count = functools.partial(torch.arange, device=index.device)
+    regular = min(steps) > 0 and index.equal(start + count(m)[:, None] * steps[0] + count(n) * steps[1])
+    return (start, *steps) if regular else None
 
 
 # ---------------------------------------------------------------------------------------------------- the diagonal

@@ -35,7 +35,7 @@ from functional_hess.guards import missing_rule, out_of_memory
 from functional_hess.independence import common_positions, independent_parts
 from functional_hess.levels import flat_jvp, flat_value_and_grad, repaired
 from functional_hess.products import FORWARD_OVER_REVERSE, REVERSE_OVER_REVERSE, product_at
-from functional_hess.risk import EmpiricalRisk, Part, samples_of
+from functional_hess.risk import EmpiricalRisk, Part, bytes_of_a_sample, samples_of
 from functional_hess.rows import Problem, rows_only
 from functional_hess.seeding import Lift, samples_at_once, swept
 from functional_hess.sites import Discovery, Entry, Site, SitesChanged, find_sites
@@ -121,7 +121,7 @@ def _planned(
     if isinstance(found, str):
         return found
     plans[kind] = found
-    saved = survey(lambda *leaves: (loss(leaves), None), x).saved
+    saved = problem.seen.saved if whole else bytes_of_a_sample(risk, at(x), samples)
     plan = Lift(problem, risk, at, samples, found, parts, whole, _groups(found, x, parts), saved, output)
     if not found.sites:
         return "no leaf enters through affine sites alone"

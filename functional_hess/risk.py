@@ -32,7 +32,7 @@ from functional_hess.levels import constant_where_unused, flat_remat, flat_vmap
 from functional_hess.nesting import at_depth, depth, is_outermost, is_watched, outside_transforms, unwatched
 from functional_hess.tree import broadcast_prefix, paths, tensors_of, written
 
-__all__ = ["EmpiricalRisk", "Part", "empirical_risk", "samples_of"]
+__all__ = ["EmpiricalRisk", "Part", "bytes_of_a_sample", "empirical_risk", "samples_of"]
 
 Tree = Any
 Tensors = tuple[Tensor, ...]
@@ -59,9 +59,8 @@ class EmpiricalRisk:
     def __call__(self, params: Tree, *batch: Any) -> Tensor:
         """The risk at ``params``: of the samples along the leading dimension of ``batch``, or of all batches of a loader."""
         x, rebuild = tensors_of(params)
-        terms = functools.partial(_sum_of_losses, self, rebuild)
         loader = _loader_in(batch)
-        total, count = _over_tensors(self, terms, x, batch) if loader is None else _over_loader(self, terms, x, loader)
+        total, count = _over_tensors(self, rebuild, x, batch) if loader is None else _over_loader(self, rebuild, x, loader)
         return total / count if self.reduction == "mean" else total
 
 
@@ -186,7 +185,7 @@ def samples_of(batch: tuple[Any, ...], name: str = "batch") -> Part:
     return Part(tensors, rebuild, (*paths(batch), *kind))
 
 
-def _sum_of_losses(risk: EmpiricalRisk, rebuild: Callable[[Sequence[Any]], Tree], part: Part, *x: Tensor) -> Tensors:
+def _sum_of_losses(risk: EmpiricalRisk, rebuild: Rebuild, part: Part, *x: Tensor) -> Tensors:
     """The sum of the losses of the samples of a part, where the tensors of the parameters are x."""
 
     def of_one(*tensors: Tensor) -> Tensors:
@@ -196,8 +195,12 @@ def _sum_of_losses(risk: EmpiricalRisk, rebuild: Callable[[Sequence[Any]], Tree]
             raise TypeError(f"empirical_risk: the loss of one sample must be a scalar tensor (shape ()), got {got}. Reduce it.")
         return (value,)
 
+    return (_mapped(of_one, part)[0].sum(),)
+
+
+def _mapped(of_one: Callable[..., Tensors], part: Part) -> Tensors:
     try:
-        (values,) = flat_vmap(of_one)(*part.tensors)
+        return flat_vmap(of_one)(*part.tensors)
     except RuntimeError as error:
         if "vmap: called random operation" not in str(error):
             raise
@@ -205,19 +208,31 @@ def _sum_of_losses(risk: EmpiricalRisk, rebuild: Callable[[Sequence[Any]], Tree]
             "empirical_risk: the loss of a sample draws random numbers (dropout?), so each derivative would belong to another "
             "function. Switch the module to eval mode, or draw the numbers beforehand and pass them as part of the batch."
         ) from error
-    return (values.sum(),)
+
+
+def bytes_of_a_sample(risk: EmpiricalRisk, params: Tree, part: Part) -> int:
+    """Bytes of what the loss makes of one sample; what it makes of the parameters alone, it makes for all samples once."""
+    seen = []
+
+    def of_one(*tensors: Tensor) -> Tensors:
+        seen.append(survey(lambda *sample: (risk.sample_loss(params, *part.rebuild(sample)), None), tensors).saved)
+        return tensors[:1]
+
+    _mapped(of_one, part.first())
+    return seen[0]
 
 
 # ---------------------------------------------------------------------------------------------------- sums
 
 
 Terms = Callable[..., Tensors]
+Rebuild = Callable[[Sequence[Any]], Tree]
 
 
-def _over_tensors(risk: EmpiricalRisk, terms: Terms, x: Tensors, batch: tuple[Any, ...]) -> tuple[Tensor, int]:
+def _over_tensors(risk: EmpiricalRisk, rebuild: Rebuild, x: Tensors, batch: tuple[Any, ...]) -> tuple[Tensor, int]:
     """The sum over the samples of a batch of tensors, and their number."""
-    whole = samples_of(batch)
-    size = _microbatch(risk, terms, x, whole)
+    terms, whole = functools.partial(_sum_of_losses, risk, rebuild), samples_of(batch)
+    size = _microbatch(risk, rebuild, x, whole)
     if size >= len(whole):
         return terms(whole, *x)[0], len(whole)
     closed = _closed(terms, x, [whole.first()], whole.tensors) if _anything_watched() else None
@@ -232,10 +247,10 @@ def _over_tensors(risk: EmpiricalRisk, terms: Terms, x: Tensors, batch: tuple[An
     return functools.reduce(operator.add, each), len(whole)
 
 
-def _over_loader(risk: EmpiricalRisk, terms: Terms, x: Tensors, loader: Iterable[Any]) -> tuple[Tensor, int]:
+def _over_loader(risk: EmpiricalRisk, rebuild: Rebuild, x: Tensors, loader: Iterable[Any]) -> tuple[Tensor, int]:
     """The sum over the samples of all batches of a loader, and their number."""
-    facts = _facts_of(loader)
-    size = min(_microbatch(risk, terms, x, part) for part in facts.kinds)
+    terms, facts = functools.partial(_sum_of_losses, risk, rebuild), _facts_of(loader)
+    size = min(_microbatch(risk, rebuild, x, part) for part in facts.kinds)
 
     def parts() -> Iterator[Part]:
         count = 0
@@ -267,7 +282,7 @@ def _plain_sum(terms: Terms, parts: Iterable[Part], x: Tensors) -> Tensor:
     return total
 
 
-def _microbatch(risk: EmpiricalRisk, terms: Terms, x: Tensors, part: Part) -> int:
+def _microbatch(risk: EmpiricalRisk, rebuild: Rebuild, x: Tensors, part: Part) -> int:
     """How many samples at once."""
     if risk.batch_size is None:
         return len(part)
@@ -276,8 +291,7 @@ def _microbatch(risk: EmpiricalRisk, terms: Terms, x: Tensors, part: Part) -> in
     known = _per_sample.setdefault(risk, {})
     key = (part.kind, *((t.shape, t.dtype) for t in x))
     if key not in known:
-        one = part.first()
-        known[key] = survey(lambda *x: (terms(one, *x), None), x).saved
+        known[key] = bytes_of_a_sample(risk, rebuild(x), part)
     return max(1, MICROBATCH // max(1, known[key]))
 
 
