@@ -23,7 +23,7 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -226,14 +226,19 @@ def _independence(verb: str) -> str:
     )
 
 
-def _graph(outputs: Sequence[Tensor]) -> set[Any]:
-    """The nodes of the graph of the current level behind ``outputs``."""
+def _graph(outputs: Sequence[Tensor], until: Collection[int] = ()) -> set[Any]:
+    """The nodes of the graph of the current level behind ``outputs``.
+
+    Behind an operation on one of the variables whose ids are in ``until`` only these are looked at.
+    """
     reached, stack = set(), [t.grad_fn for t in outputs if t.requires_grad]
     while stack:
         node = stack.pop()
         if node is not None and node not in reached:
             reached.add(node)
-            stack.extend(parent for parent, _ in node.next_functions)
+            parents = [parent for parent, _ in node.next_functions]
+            ends = [parent for parent in parents if until and id(getattr(parent, "variable", None)) in until]
+            stack.extend(ends or parents)
     return reached
 
 
@@ -570,8 +575,11 @@ def constant_where_unused(outputs: Sequence[Tensor], x: Tensors) -> Tensors:
     return tuple(t.detach() if v and edge(t).node not in reached else t for v, t in zip(variable, x, strict=True))
 
 
-def reached_variables(outputs: Sequence[Tensor]) -> set[int]:
-    """The ids of the tensors in which the graph behind ``outputs`` ends: leaves of plain autograd."""
-    return {id(node.variable) for node in _graph(outputs) if hasattr(node, "variable")} | {
+def reached_variables(outputs: Sequence[Tensor], until: Collection[int] = ()) -> set[int]:
+    """The ids of the tensors in which the graph behind ``outputs`` ends: leaves of plain autograd.
+
+    ``until`` holds ids of such tensors that bar the way: what an operation has beside one of them is not looked at.
+    """
+    return {id(node.variable) for node in _graph(outputs, until) if hasattr(node, "variable")} | {
         id(t) for t in outputs if t.requires_grad and t.grad_fn is None
     }

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from functional_hess.chunking import MIB, WORKING_SET, fits, megabytes, survey
 from functional_hess.contraction import add_block, blocks_of, diagonal_of
+from functional_hess.elimination import chained, diagonal_by_stages, samples_of_a_stage
 from functional_hess.guards import missing_rule, out_of_memory
 from functional_hess.independence import common_positions, independent_parts
 from functional_hess.levels import flat_jvp, flat_value_and_grad, repaired
@@ -51,7 +52,7 @@ WORTH_A_PROOF = (
 PROOF = 12  # bytes that a proof takes at its peak for one of the intermediate results of f
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
 _plans: weakref.WeakKeyDictionary[Any, dict[Any, Discovery]] = weakref.WeakKeyDictionary()
-_certified: weakref.WeakKeyDictionary[Any, dict[Any, str]] = weakref.WeakKeyDictionary()
+_certified: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
 
 def lift(problem: Problem, args: Sequence[Any], argnums: Any, output: int, *, diagonal: bool = False) -> Lift | str:
@@ -225,12 +226,54 @@ def lifted_diagonal(plan: Lift) -> Tensors:
     def needed(s: Site, t: Site) -> bool:
         return bool(s.leaves & t.leaves)
 
+    if _goes_by_stages(plan):
+        return _by_stages(plan)
     diagonal = [torch.zeros(t.numel(), dtype=t.dtype, device=t.device) for t in plan.x]
     for part in plan.samples.split(samples_at_once(plan)):
         for pair in swept(plan, part, needed):
             for leaf, where, values in diagonal_of(pair):
                 diagonal[leaf].index_add_(0, where, values, alpha=1 if pair.same else 2)
     return tuple(d.view(t.shape) for d, t in zip(diagonal, plan.x, strict=True))
+
+
+def _by_stages(plan: Lift) -> Tensors:
+    diagonal = [torch.zeros(t.numel(), dtype=t.dtype, device=t.device) for t in plan.x]
+    for part in plan.samples.split(samples_of_a_stage(plan)):
+        for leaf, where, values in diagonal_by_stages(plan, part):
+            diagonal[leaf].index_add_(0, where, values)
+    return tuple(d.view(t.shape) for d, t in zip(diagonal, plan.x, strict=True))
+
+
+def _goes_by_stages(plan: Lift) -> bool:
+    """Whether sites are a chain; the first time, an entry of every leaf is held to a product by automatic differentiation."""
+    if not chained(plan):
+        return False
+    known = _of_function(_certified, plan.problem.f)
+    key = ("by stages", plan.samples.kind, plan.parts, plan.found.tracked, plan.found.forbidden)
+    if key not in known:
+        known[key] = _entries_agree(_few(plan))
+    return known[key]
+
+
+def _few(plan: Lift) -> Lift:
+    return dataclasses.replace(plan, samples=plan.samples.holding(tuple(t[:32] for t in plan.samples.tensors)))
+
+
+def _entries_agree(plan: Lift) -> bool:
+    args, generator = plan.samples.rebuild(plan.samples.tensors), torch.Generator().manual_seed(0)
+    diagonal = _by_stages(plan)
+    size = max(float(d.abs().max()) for d in diagonal if d.numel())
+    for leaf, d in enumerate(diagonal):
+        if not d.numel():
+            continue
+        product = product_at(lambda *x: (plan.risk(plan.at(x), *args), None), plan.x, FORWARD_OVER_REVERSE, [leaf], [leaf])
+        place = int(torch.randint(d.numel(), (), generator=generator))
+        unit = torch.zeros_like(d).flatten()
+        unit[place] = 1
+        (column,) = product({leaf: unit.view(d.shape)})
+        if not abs(float(column.flatten()[place] - d.flatten()[place])) <= TOLERANCE[d.dtype] * size:
+            return False
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------- the certificate
@@ -255,7 +298,7 @@ def _compared(plan: Lift) -> str:
     """The lifted H v against H v and H^T v by automatic differentiation of the risk itself, for a random v."""
     generator = torch.Generator().manual_seed(0)
     v = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in plan.x]
-    few = dataclasses.replace(plan, samples=plan.samples.holding(tuple(t[:32] for t in plan.samples.tensors)))
+    few = _few(plan)
     mine = lifted_product(few, v)
     leaves = range(len(plan.x))
     args = few.samples.rebuild(few.samples.tensors)

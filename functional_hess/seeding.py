@@ -1,10 +1,10 @@
 """The loss as a function of perturbations at affine sites, for many samples at once, and its derivatives along seeds.
 
-A :class:`Lift` says where every leaf of a risk is seeded: a site perturbs z_s by eps_s, all samples by their own; a direct leaf is
-perturbed itself, by the same eps for all. :meth:`Lift.run` evaluates that, and :func:`swept` takes the second derivatives of pairs
-of sites along one-hot seeds, which the samples share, in portions that fit the working set.
+A :class:`Lift` says where every leaf of a risk is seeded: a site perturbs z_s by eps_s, every sample by its own; a direct leaf is
+perturbed itself, by the same eps for all. :meth:`Lift.run` evaluates that, and :func:`swept` takes the second derivatives of
+pairs of sites along one-hot seeds, which the samples share, in portions that fit the working set.
 
-Samples are mapped over inside of everything: derivatives are those of one function of a batch, whose products are matrix products.
+Samples are mapped over inside of everything: what is differentiated is one function of a batch, made of matrix products.
 """
 
 from __future__ import annotations
@@ -31,18 +31,19 @@ DIRECTIONS = 64  # at once
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One evaluation: the scaled sum of losses, and by site the features (copies, positions, width)."""
+    """One evaluation: the scaled sum of losses; by site the features (copies, positions, width) and the output, where kept."""
 
     value: Tensor
     features: dict[Key, Tensor]
+    outputs: dict[Key, Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
 class Lift:
     """Where every leaf of a risk at a point is seeded. ``groups``: direct leaves, then sites, each after what it reads.
 
-    The positions of a site fall into copies that do not read each other, the samples of a risk or the ``parts`` of a function that
-    is one ``whole``; the site in ``groups`` has the positions of one copy.
+    The positions of a site fall into copies that do not read each other, the samples of a risk or the ``parts`` of a function
+    that is one ``whole``; the site in ``groups`` has the positions of one copy.
     """
 
     problem: Problem
@@ -82,20 +83,29 @@ class Lift:
     def scale(self) -> float:
         return 1 / len(self.samples) if self.risk.reduction == "mean" else 1.0
 
-    def run(self, samples: Part, eps: Mapping[Key, Tensor], moves: Callable[[Key], Any] | None = None) -> Run:
+    def run(
+        self,
+        samples: Part,
+        eps: Mapping[Key, Tensor],
+        moves: Callable[[Key], Any] | None = None,
+        severed: Mapping[Key, Tensor] | None = None,
+    ) -> Run:
         """The loss with perturbations by group.
 
         Args:
             samples: some of the samples.
             eps: the perturbations, shaped as :meth:`zeros`.
-            moves: gives for a group what is added to its perturbation, as a function of the features: ``None`` for nothing.
+            moves: gives for a group what is added to its perturbation, as a function of the features.
+            severed: constants, shaped as :meth:`zeros`, with which sites go on (:class:`functional_hess.sites.Lifted`).
         """
-        keys = [site.key for site in self.found.sites if site.key in eps]
+        shifted = [site.key for site in self.found.sites if site.key in eps]
+        cut = [] if severed is None else list(severed)
+        copies = (*(eps[key] for key in shifted), *((severed or {})[key] for key in cut))
         direct = {k: eps["leaf", k] for k in self.found.direct if ("leaf", k) in eps}
+        met: list[tuple[Key, str]] = []
 
         def moved(key: Key, e: Tensor) -> Any:
-            move = moves and moves(key)
-            return (lambda h: e + move(h)) if move else e
+            return e if moves is None else lambda h: e + moves(key)(h)
 
         def of_copy(*given: Tensor) -> Tensors:
             leaves = [t.view_as(t) for t in self.x]  # an alias each, so that a tensor in two leaves is two
@@ -103,18 +113,24 @@ class Lift:
                 shift = moved(("leaf", k), e[0])
                 shift = shift(e.new_ones(1, 1)) if callable(shift) else shift
                 leaves[k] = leaves[k] + shift.view(leaves[k].shape)
-            shifts = {key: moved(key, e) for key, e in zip(keys, given, strict=False)}
-            with Lifted(leaves, self.found, shifts) as run:
-                value = self.risk.sample_loss(self.at(leaves), *samples.rebuild(given[len(keys) :]))
-            return value, *(torch.cat(run.features[site.key], 1) for site in self.found.sites)
+            shifts = {key: moved(key, e) for key, e in zip(shifted, given, strict=False)}
+            constants = None if severed is None else dict(zip(cut, given[len(shifted) :], strict=False))
+            with Lifted(leaves, self.found, shifts, constants) as run:
+                value = self.risk.sample_loss(self.at(leaves), *samples.rebuild(given[len(copies) :]))
+            features = {(site.key, "h"): run.features[site.key] for site in self.found.sites if run.features[site.key]}
+            outputs = {(site.key, "z"): run.outputs[site.key] for site in self.found.sites if run.outputs}
+            met[:] = [*features, *outputs]
+            return value, *(torch.cat(parts, 1) for parts in features.values()), *outputs.values()
 
         if self.whole:
-            value, *features = of_copy(*(eps[key].flatten(0, 1) for key in keys), *(t[0] for t in samples.tensors))
-            features = [f.unflatten(0, (self.parts, -1)) for f in features]
+            value, *found = of_copy(*(t.flatten(0, 1) for t in copies), *(t[0] for t in samples.tensors))
+            found = [t.unflatten(0, (self.parts, -1)) for t in found]
         else:
-            values, *features = flat_vmap(of_copy)(*(eps[key] for key in keys), *samples.tensors)
+            values, *found = flat_vmap(of_copy)(*copies, *samples.tensors)
             value = values.sum()
-        return Run(value * self.scale, {site.key: f for site, f in zip(self.found.sites, features, strict=True)})
+        by_name = dict(zip(met, found, strict=True))
+        features, outputs = ({key: t for (key, what), t in by_name.items() if what == which} for which in "hz")
+        return Run(value * self.scale, features, outputs)
 
 
 def samples_at_once(plan: Lift) -> int:

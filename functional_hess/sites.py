@@ -21,7 +21,7 @@ import dataclasses
 import itertools
 import math
 import string
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ class SitesChanged(RuntimeError):
 class _Product:
     """z = W h + b with W a view of a leaf: how z, h and W are seen as (positions, out), (positions, in) and (out, in).
 
-    ``trailing`` dimensions of z come after those of b.
+    ``trailing`` dimensions of z come after those of b: those of a convolution.
     """
 
     weight: Tensor
@@ -72,6 +72,10 @@ class _Product:
     features: Callable[[], Tensor]
     units: Callable[[Tensor], Tensor]
     matrix: Callable[[Tensor], Tensor]
+
+    @property
+    def is_convolution(self) -> bool:
+        return self.trailing > 0
 
 
 def _recognized(name: str, args: Sequence[Any], kwargs: dict[str, Any], is_leaf: Callable[[Any], bool]) -> _Product | None:
@@ -257,7 +261,9 @@ class Site:
 class Discovery:
     """The sites of a function in the order in which it meets them, and the leaves that are used elsewhere too.
 
-    ``reads[t]`` says on which of the sites (by key) and direct leaves (by ``("leaf", k)``) the features of site t depend.
+    ``reads[t]`` says on which of the sites (by key) and direct leaves (by ``("leaf", k)``) the features of site t depend;
+    ``inputs[t]`` on which its output depends without going through another site, where ``None`` is the loss. Those ``beside``
+    have something added to their output that is no part of their features.
     """
 
     sites: tuple[Site, ...]
@@ -265,6 +271,8 @@ class Discovery:
     tracked: frozenset[int]
     forbidden: frozenset[Key]
     reads: dict[Key, frozenset[Key]]
+    inputs: dict[Key, frozenset[Key]]
+    beside: frozenset[Key]
     every: dict[Key, Site]
     calls: int
 
@@ -355,6 +363,7 @@ class _Discover(_Watch):
         self.sites: dict[Key, Site] = {}
         self.raw: dict[Key, Tensor] = {}
         self.probes: dict[Key, Tensor] = {}
+        self.beside: set[Key] = set()
 
     def numbered(self, leaf: Tensor) -> Tensor:
         return torch.arange(leaf.numel(), device=leaf.device).view(leaf.shape)
@@ -389,6 +398,7 @@ class _Discover(_Watch):
                 return func(*args, **kwargs)
             entries.append(Entry(self.seen[id(product.bias)][0], bias[0][:, None], True))
         self.calls += 1
+        self.beside |= set() if own or product.bias is None else {self.calls}
         return self.place(Site(self.calls, numbers, tuple(entries)), z, [h, *([_ones(h)] if own else [])])
 
     def sum(self, a: Tensor, b: Tensor, func: Any, args: Sequence[Any]) -> Tensor:
@@ -408,6 +418,7 @@ class _Discover(_Watch):
             entries, added = (*entries, Entry(leaf, bias[0][:, None], True)), b.detach()
             more = [_ones(self.features[key[0]][0])]
         self.absorbed |= {key[0]} | ({other} if other is not None else set())
+        self.beside |= {key} if key[1] is None or {key[0], other} & self.beside else set()
         return self.place(Site(key, first.units, entries), self.raw[key[0]] + added, self.features[key[0]] + more)
 
     def place(self, site: Site, z: Tensor, features: list[Tensor]) -> Tensor:
@@ -417,20 +428,25 @@ class _Discover(_Watch):
 
 
 class Lifted(_Watch):
-    """The same run with perturbations: ``features`` holds h of every site afterwards.
+    """The same run with perturbations: ``features`` holds h of every site afterwards, ``outputs`` z without its perturbation.
 
     Args:
         leaves: the point; tracked leaves are constants, direct ones may be perturbed themselves.
         found: what discovery found.
         eps: perturbations by key of a site, each of shape (positions, out), or a function that gives it from the features.
+        severed: constants, of that shape too, that sites go on with in place of z: then nothing depends on an earlier site but
+            by way of them. ``outputs`` are kept, and patches of convolutions not made, only where this is given.
 
     Raises:
         SitesChanged: on leaving, if the sites met are not those found.
     """
 
-    def __init__(self, leaves: Sequence[Tensor], found: Discovery, eps: dict[Key, Any]) -> None:
+    def __init__(
+        self, leaves: Sequence[Tensor], found: Discovery, eps: Mapping[Key, Any], severed: Mapping[Key, Tensor] | None = None
+    ) -> None:
         super().__init__(leaves, found.tracked, found.forbidden)
-        self.found, self.eps = found, eps
+        self.found, self.eps, self.severed = found, eps, severed
+        self.outputs: dict[Key, Tensor] = {}
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         super().__exit__(kind, error, trace)
@@ -457,10 +473,11 @@ class Lifted(_Watch):
 
     def product(self, product: _Product, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
         self.calls += 1
-        h = product.features()
-        return self.place(
-            self.found.every[self.calls], func(*args, **kwargs), [h, *([_ones(h)] if self.own_bias(product) else [])]
-        )
+        features = []
+        if self.severed is None or not product.is_convolution:
+            h = product.features()
+            features = [h, *([_ones(h)] if self.own_bias(product) else [])]
+        return self.place(self.found.every[self.calls], func(*args, **kwargs), features)
 
     def sum(self, a: Tensor, b: Tensor, func: Any, args: Sequence[Any]) -> Tensor:
         key, other = self.sum_key(a, b)
@@ -468,15 +485,25 @@ class Lifted(_Watch):
             return func(*args)
         self.absorbed |= {key[0]} | ({other} if other is not None else set())
         features = self.features[key[0]]
-        more = self.features[other] if other is not None else [_ones(features[0])] if self.is_leaf(b) else []
-        return self.place(self.found.every[key], func(*args), features + more)
+        more = self.features[other] if other is not None else [_ones(features[0])] if self.is_leaf(b) and features else []
+        return self.place(self.found.every[key], func(*args), features + more if features and (more or other is None) else [])
 
     def place(self, site: Site, z: Tensor, features: list[Tensor]) -> Tensor:
+        if self.severed is not None:
+            self.outputs[site.key] = _as_units(z, site.units)
+            z = _in_shape_of(z, self.severed[site.key], site.units) if site.key in self.severed else z
         if site.key in self.eps:
             eps: Any = self.eps[site.key]
             moved: Any = eps(torch.cat(features, 1)) if callable(eps) else eps
             z = z + _in_shape_of(z, moved, site.units)
         return self.put(site.key, z, features)
+
+
+def _as_units(z: Tensor, units: Tensor) -> Tensor:
+    """z in the shape (positions, out) of its perturbation."""
+    if units.flatten().equal(torch.arange(units.numel(), device=units.device)):
+        return z.clone().reshape(units.shape)  # another operation may write to z
+    return z.flatten()[units]
 
 
 def _in_shape_of(z: Tensor, eps: Tensor, units: Tensor) -> Tensor:
@@ -525,16 +552,28 @@ def find_sites(
         elif gone := (used & tracked) or drop(sites, used):
             tracked, forbidden = tracked - gone, frozenset()
         else:
-            return _found(watch, sites, fresh, sorted(used), tracked, forbidden)
+            return _found(watch, value, sites, fresh, sorted(used), tracked, forbidden)
     raise AssertionError
 
 
 def _found(
-    watch: _Discover, sites: Sequence[Site], fresh: Sequence[Tensor], direct: Sequence[int], tracked: Any, forbidden: Any
+    watch: _Discover,
+    value: Tensor,
+    sites: Sequence[Site],
+    fresh: Sequence[Tensor],
+    direct: Sequence[int],
+    tracked: Any,
+    forbidden: Any,
 ) -> Discovery:
-    names = {id(fresh[k]): ("leaf", k) for k in direct} | {id(watch.probes[s.key]): s.key for s in sites}
-    reads = {}
-    for site in sites:
-        reached = reached_variables(watch.features[site.key])
-        reads[site.key] = frozenset(name for t, name in names.items() if t in reached)
-    return Discovery(tuple(sites), tuple(direct), tracked, forbidden, reads, dict(watch.sites), watch.calls)
+    probes = {id(watch.probes[s.key]): s.key for s in sites}
+    names = {id(fresh[k]): ("leaf", k) for k in direct} | probes
+
+    def named(outputs: Sequence[Tensor], until: Any = ()) -> frozenset[Key]:
+        reached = reached_variables(outputs, until)
+        return frozenset(name for t, name in names.items() if t in reached)
+
+    reads = {site.key: named(watch.features[site.key]) for site in sites}
+    inputs = {site.key: named([watch.raw[site.key]], probes) for site in sites} | {None: named([value], probes)}
+    return Discovery(
+        tuple(sites), tuple(direct), tracked, forbidden, reads, inputs, frozenset(watch.beside), dict(watch.sites), watch.calls
+    )

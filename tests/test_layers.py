@@ -36,6 +36,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("risk", "sites", "taylor", "sparsity", "rows"),
     ("independence", "compressed", "contraction"),
     ("seeding",),
+    ("elimination",),
     ("lifting", "blocks", "colored"),
     ("second_order", "sparse"),
     ("operators",),

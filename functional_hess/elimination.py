@@ -1,0 +1,270 @@
+"""The exact diagonal of the Hessian where each affine site is read by the next one alone: few columns, stage by stage.
+
+In a chain of sites, z_t is a function Phi_t of z_s, the site before it, and of the direct leaves that enter there. With
+J = dz_t/dz_s and g_t = dL/dz_t, the Hessian of the loss of a sample in z_s is
+
+    A_s = J^T A_t J + R_s,        R_s = sum_k g_t[k] d2 Phi_t[k] / dz_s^2,
+
+from the last site, whose A is that of the loss, to the first. Where Phi_t acts on each unit by itself R_s is diagonal, whatever
+follows, and one direction shows it. So A_s is a sum of terms V^T M V with few columns V, as many as the loss has inputs, and a
+diagonal, which becomes columns only at the next site. Dangel, Kunstner and Hennig (2020) have this for layers of known type.
+
+That R_s is diagonal is not assumed: in every call it is held, for every sample, to three random directions whose entries are
+powers of two, for which equality is exact but for the order of sums. Where it fails all of R_s is computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functional_hess.chunking import WORKING_SET
+from functional_hess.levels import flat_jvp, flat_value_and_grad, flat_vjp, flat_vmap
+from functional_hess.risk import Part
+from functional_hess.seeding import Lift
+from functional_hess.sites import Key, Site
+
+__all__ = ["chained", "diagonal_by_stages", "samples_of_a_stage"]
+
+Tensors = tuple[Tensor, ...]
+Contribution = tuple[int, Tensor, Tensor]
+PROBES = 3  # random directions
+SLACK = 64  # times eps: two ways to the same number
+
+
+def chained(plan: Lift) -> bool:
+    """Whether every site is read by the next alone, every direct leaf enters at one of them, and every leaf is at one site."""
+    found, before = plan.found, None
+    keys = {site.key for site in found.sites}
+    for key in (*(site.key for site in found.sites), None):
+        if found.inputs[key] & keys != ({before} if before is not None else set()):
+            return False
+        before = key
+    entered = [name for names in found.inputs.values() for name in names if name not in keys]
+    placed = [entry.leaf for site in found.sites for entry in site.entries]
+    return all(len(set(each)) == len(each) for each in (entered, placed))
+
+
+def samples_of_a_stage(plan: Lift) -> int:
+    """So many that what a stage makes fits the working set."""
+    sites = _sites(plan)
+    stages = [min(t.size, s.size) * (t.size + 4 * max(s.size, t.width)) for s, t in zip(sites, sites[1:], strict=False)]
+    last = sites[-1].size * (sites[-1].size + 3 * sites[-1].size)
+    kept = max([last, *stages]) + sum(site.positions * site.width + 4 * site.size for site in sites)
+    return max(1, int(WORKING_SET / (kept * plan.x[0].element_size() + 3 * (PROBES + 1) * plan.saved)))
+
+
+def _sites(plan: Lift) -> list[Site]:
+    return [group for group in plan.groups if plan.is_site(group)]
+
+
+# ---------------------------------------------------------------------------------------------------- curvature at a site
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """V^T M V for N samples: ``columns`` (c, N, u), or ``None`` for the unit matrix; ``core`` (N, c, c), or (N, c) if diagonal."""
+
+    columns: Tensor | None
+    core: Tensor
+
+    def times(self, V: Tensor) -> Tensor:
+        """M V for V of shape (c, N, ...)."""
+        if self.core.dim() == 2:
+            return self.core.T.reshape(*V.shape[:2], *[1] * (V.dim() - 2)) * V
+        return (self.core @ V.transpose(0, 1).flatten(2)).transpose(0, 1).reshape(V.shape)
+
+    @property
+    def count(self) -> int:
+        return self.core.shape[1]
+
+    def dense(self) -> Tensor:
+        """(N, u, u)"""
+        if self.columns is None:
+            return torch.diag_embed(self.core) if self.core.dim() == 2 else self.core
+        V = self.columns.transpose(0, 1)
+        return V.mT @ (self.core[..., None] * V if self.core.dim() == 2 else self.core @ V)
+
+
+def _united(terms: Sequence[Term], units: int) -> list[Term]:
+    """The same sum, as one matrix where its columns are no fewer than those of one."""
+    if len(terms) == 1 and terms[0].columns is None or sum(term.count for term in terms if term.columns is not None) < units:
+        return list(terms)
+    total = terms[0].dense().clone()
+    for term in terms[1:]:
+        if term.columns is None and term.core.dim() == 2:
+            total.diagonal(dim1=1, dim2=2).add_(term.core)
+        else:
+            total = total + term.dense()
+    return [Term(None, total)]
+
+
+def _diagonal_of(term: Term, h: Tensor, units: int) -> Tensor:
+    """sum over n, a, b of h[n,a,j] A[n,(a,i),(b,i)] h[n,b,j] -> (i, j), where A is the term and a, b run over positions."""
+    N, S, J = h.shape
+    if term.columns is None and term.core.dim() == 2:
+        return term.core.reshape(N * S, units).T @ h.reshape(N * S, J).square()
+    if term.columns is None:
+        within = term.core.view(N, S, units, S, units).diagonal(0, 2, 4)  # (n, a, b, i)
+        return torch.einsum("nabi,naj,nbj->ij", within, h, h) if S > 1 else within[:, 0, 0].T @ h[:, 0].square()
+    V = term.columns
+    if S == 1:
+        return (V * term.times(V)).sum(0).T @ h[:, 0].square()
+    y = V.view(-1, N, S, units).mT @ h  # (c, n, i, j)
+    return (y * term.times(y)).sum((0, 1))
+
+
+# ---------------------------------------------------------------------------------------------------- a stage
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stages:
+    """A chain at a point, for some samples: outputs z, features h and gradients g of its sites.
+
+    ``flat`` are those of one position whose features are at hand: what goes back to them is shared by the samples.
+    """
+
+    plan: Lift
+    samples: Part
+    z: dict[Key, Tensor]
+    h: dict[Key, Tensor]
+    g: dict[Key, Tensor]
+    flat: frozenset[Key]
+
+    @classmethod
+    def of(cls, plan: Lift, samples: Part) -> _Stages:
+        sites = _sites(plan)
+        keys = [site.key for site in sites]
+
+        def loss(*eps: Tensor) -> tuple[Tensor, Any]:
+            run = plan.run(samples, dict(zip(keys, eps, strict=True)))
+            return run.value, run.features
+
+        (_, h), g = flat_value_and_grad(loss, tuple(plan.zeros(s, samples) for s in sites), verb="hessian_diagonal")
+        cut = plan.run(samples, {}, severed={})
+        flat = frozenset(s.key for s in sites if s.positions == 1 and s.key in cut.features and s.key not in plan.found.beside)
+        return cls(plan, samples, cut.outputs, h, dict(zip(keys, g, strict=True)), flat)
+
+    def severed_run(self, eps: dict[Key, Tensor]) -> Any:
+        return self.plan.run(self.samples, eps, severed=self.z)
+
+    def gradients(self, names: Sequence[Key], readers: Sequence[Key]) -> Callable[..., tuple[Tensors, Tensors]]:
+        """Of what the sites (or the loss, ``None``) in ``readers`` make of perturbations, with g held; outputs go along."""
+
+        def gradients(*eps: Tensor) -> tuple[Tensors, Tensors]:
+            def paired(*eps: Tensor) -> tuple[Tensor, Any]:
+                run = self.severed_run(dict(zip(names, eps, strict=True)))
+                paired = [run.value if key is None else (self.g[key] * run.outputs[key]).sum() for key in readers]
+                return sum(paired[1:], paired[0]), [run.outputs[key] for key in readers if key is not None]
+
+            (_, outputs), gradient = flat_value_and_grad(paired, eps, verb="hessian_diagonal")
+            return (*gradient, *outputs), ()
+
+        return gradients
+
+    def pushed(self, names: Sequence[Key], readers: Sequence[Key], seeds: Sequence[Tensor]) -> Tensors:
+        """Derivatives of these gradients, and of the outputs, along stacked seeds."""
+        zeros = tuple(self.zeros(name) for name in names)
+        copies = 1 if self.plan.whole else len(self.samples)
+        step = max(1, int(WORKING_SET / (3 * self.plan.saved * copies + 1)))
+        along = flat_vmap(lambda *v: flat_jvp(self.gradients(names, readers), zeros, v)[1])
+        parts = [along(*some) for some in zip(*(seed.split(step) for seed in seeds), strict=True)]
+        return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
+
+    def zeros(self, name: Key) -> Tensor:
+        return self.plan.zeros(next(group for group in self.plan.groups if group.key == name), self.samples)
+
+    def units(self, name: Key) -> Tensor:
+        """One-hot seeds (size, copies, positions, out), the same for all samples."""
+        zero = self.zeros(name)
+        eye = torch.eye(zero[0].numel(), dtype=zero.dtype, device=zero.device)
+        return eye.view(-1, 1, *zero.shape[1:]).expand(-1, *zero.shape).contiguous()
+
+    def residuals(self, sites: Sequence[Site], readers: Sequence[Key]) -> list[Term | None]:
+        """R of each site, by one direction where it is diagonal; ``None`` where it vanishes."""
+        names = [site.key for site in sites]
+        seeds = [_probes(self.zeros(name)) for name in names]
+        moved = self.pushed(names, readers, seeds)
+        found: list[Term | None] = []
+        for name, reader, seed, along in zip(names, readers, seeds, moved, strict=False):
+            ones, others = along[0], along[1:]
+            off = (others - seed[1:] * ones).abs() / seed[1:].abs()
+            if bool(off.max() <= SLACK * torch.finfo(ones.dtype).eps * ones.abs().max()):
+                found.append(Term(None, ones.flatten(1)) if bool(ones.any()) else None)
+            else:
+                R = self.pushed([name], [reader], [self.units(name)])[0]
+                found.append(Term(None, R.flatten(2).transpose(0, 1)))
+        return found
+
+    def pulled(self, term: Term, s: Site, t: Site) -> Tensor:
+        """The columns of a term at t, as columns at s, the site before it: V J."""
+        columns, zero = term.columns, self.zeros(s.key)
+
+        def read(eps: Tensor) -> tuple[Tensors, Tensors]:
+            run = self.severed_run({s.key: eps})
+            return ((run.features if t.key in self.flat else run.outputs)[t.key],), ()
+
+        if columns is None:
+            columns = torch.eye(t.size, dtype=zero.dtype, device=zero.device)[:, None]
+        cotangents = columns @ self._matrix(t) if t.key in self.flat else columns
+        cotangents = cotangents.expand(-1, len(zero), -1).unflatten(-1, (t.positions, -1))
+        _, pull, _ = flat_vjp(read, (zero,))
+        return flat_vmap(lambda v: pull((v,)))(cotangents)[0].flatten(2)
+
+    def _matrix(self, t: Site) -> Tensor:
+        """W of a site, (out, width)."""
+        return torch.cat([self.plan.x[entry.leaf].flatten()[entry.index] for entry in t.entries], 1)
+
+
+def _probes(zero: Tensor) -> Tensor:
+    """Ones, and directions whose entries are random powers of two: products with them are exact."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (PROBES, *zero.shape)
+    powers = torch.randint(-16, 16, shape, generator=generator)
+    signs = 2 * torch.randint(2, shape, generator=generator) - 1
+    return torch.cat([torch.ones(1, *zero.shape), signs * torch.exp2(powers.float())]).to(zero)
+
+
+# ---------------------------------------------------------------------------------------------------- all stages
+
+
+def diagonal_by_stages(plan: Lift, samples: Part) -> Iterator[Contribution]:
+    """What some samples add to the diagonal of the Hessian: leaf, places in it, values; the plan must be :func:`chained`."""
+    sites, inputs = _sites(plan), plan.found.inputs
+    stages = _Stages.of(plan, samples)
+    last = sites[-1]
+    A = stages.pushed([last.key], [None], [stages.units(last.key)])[0]
+    terms = [Term(None, A.flatten(2).transpose(0, 1))]
+    residuals = stages.residuals(sites[:-1], [site.key for site in sites[1:]]) if len(sites) > 1 else []
+    yield from _of_direct(stages, None, [], inputs[None])
+    for number in reversed(range(len(sites))):
+        site = sites[number]
+        for part, entry in site.slices():
+            values = [_diagonal_of(term, stages.h[site.key][..., part], site.out) for term in terms]
+            yield entry.leaf, entry.index.flatten(), torch.stack(values).sum(0).flatten()
+        if number or any(name not in plan.found.reads for name in inputs[site.key]):
+            terms = _united(terms, site.size)
+        yield from _of_direct(stages, site, terms, inputs[site.key])
+        if number:
+            before, residual = sites[number - 1], residuals[number - 1]
+            terms = [Term(stages.pulled(term, before, site), term.core) for term in terms]
+            terms += [residual] if residual else []
+
+
+def _of_direct(stages: _Stages, site: Site | None, terms: Sequence[Term], inputs: Any) -> Iterator[Contribution]:
+    """The direct leaves that enter at a site, or in the loss: J^T A J + R, along every coordinate."""
+    for name in sorted(name for name in inputs if name not in stages.plan.found.reads):
+        R, *J = stages.pushed([name], [site and site.key], [stages.units(name)])
+        values = R.flatten(1).diagonal()
+        for moved in J:
+            z = moved.flatten(2).permute(2, 1, 0)  # (unit, n, coordinate)
+            for term in terms:
+                y = z if term.columns is None else torch.einsum("unm,cnu->cnm", z, term.columns)
+                values = values + (y * term.times(y)).sum((0, 1))
+        group = next(group for group in stages.plan.groups if group.key == name)
+        (entry,) = group.entries
+        yield entry.leaf, entry.index.flatten(), values
