@@ -67,7 +67,7 @@ def _sites(plan: Lift) -> list[Site]:
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """V^T M V for N samples: ``columns`` (c, N, u), or ``None`` for the unit matrix; ``core`` (N, c, c), or (N, c) if diagonal."""
+    """V^T M V of N samples: ``columns`` (c, N, u), or ``None`` for the unit matrix; ``core`` (N, c, c), or (N, c): diagonal."""
 
     columns: Tensor | None
     core: Tensor
@@ -92,7 +92,8 @@ class Term:
 
 def _united(terms: Sequence[Term], units: int) -> list[Term]:
     """The same sum, as one matrix where its columns are no fewer than those of one."""
-    if len(terms) == 1 and terms[0].columns is None or sum(term.count for term in terms if term.columns is not None) < units:
+    columns = sum(term.count for term in terms if term.columns is not None)
+    if columns < units and not (len(terms) > 1 and any(term.columns is None and term.core.dim() == 3 for term in terms)):
         return list(terms)
     total = terms[0].dense().clone()
     for term in terms[1:]:
@@ -159,7 +160,7 @@ class _Stages:
             def paired(*eps: Tensor) -> tuple[Tensor, Any]:
                 run = self.severed_run(dict(zip(names, eps, strict=True)))
                 paired = [run.value if key is None else (self.g[key] * run.outputs[key]).sum() for key in readers]
-                return sum(paired[1:], paired[0]), [run.outputs[key] for key in readers if key is not None]
+                return torch.stack(paired).sum(), [run.outputs[key] for key in readers if key is not None]
 
             (_, outputs), gradient = flat_value_and_grad(paired, eps, verb="hessian_diagonal")
             return (*gradient, *outputs), ()

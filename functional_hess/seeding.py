@@ -105,12 +105,13 @@ class Lift:
         met: list[tuple[Key, str]] = []
 
         def moved(key: Key, e: Tensor) -> Any:
-            return e if moves is None else lambda h: e + moves(key)(h)
+            move = moves and moves(key)
+            return (lambda h: e + move(h)) if move else e
 
         def of_copy(*given: Tensor) -> Tensors:
             leaves = [t.view_as(t) for t in self.x]  # an alias each, so that a tensor in two leaves is two
             for k, e in direct.items():
-                shift = moved(("leaf", k), e[0])
+                shift: Any = moved(("leaf", k), e[0])
                 shift = shift(e.new_ones(1, 1)) if callable(shift) else shift
                 leaves[k] = leaves[k] + shift.view(leaves[k].shape)
             shifts = {key: moved(key, e) for key, e in zip(shifted, given, strict=False)}
