@@ -16,6 +16,7 @@ powers of two, for which equality is exact but for the order of sums. Where it f
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -52,7 +53,7 @@ def chained(plan: Lift) -> bool:
 def samples_of_a_stage(plan: Lift) -> int:
     """So many that what a stage makes fits the working set."""
     sites = _sites(plan)
-    stages = [min(t.size, s.size) * (t.size + 4 * max(s.size, t.width)) for s, t in zip(sites, sites[1:], strict=False)]
+    stages = [min(t.size, s.size) * (t.size + 4 * max(s.size, t.width)) for s, t in itertools.pairwise(sites)]
     last = sites[-1].size * (sites[-1].size + 3 * sites[-1].size)
     kept = max([last, *stages]) + sum(site.positions * site.width + 4 * site.size for site in sites)
     return max(1, int(WORKING_SET / (kept * plan.x[0].element_size() + 3 * (PROBES + 1) * plan.saved)))

@@ -1,0 +1,135 @@
+"""The diagonal of a chain of sites, stage by stage: exact whatever lies between two sites, and only where there is a chain."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import numbers
+from oracles import relative_error
+from test_lifting import ARCHITECTURES, N, Architecture, X, ce, every_architecture, params
+
+import functional_hess as fh
+from functional_hess import Space, elimination, empirical_risk, lifting
+
+NO_CHAIN = {
+    "shared and transposed", "residual", "two weights in one sum", "recurrent", "attention", "tied embedding", "used in two ways",
+}  # fmt: skip
+DEEP = params(a=(5, 7), ab=(7,), b=(7, 6), bb=(6,), c=(6, 8), cb=(8,), d=(8, 3))
+ORDERS = torch.stack([torch.arange(6), *(torch.randperm(6, generator=torch.Generator().manual_seed(i)) for i in range(N - 1))])
+
+
+def deep(act, p, x, y):
+    h = act(x @ p["a"] + p["ab"])
+    h = act(h @ p["b"] + p["bb"])
+    return ce(act(h @ p["c"] + p["cb"]) @ p["d"], y)
+
+
+def gained(p, x, y):
+    """A gain enters at every site, a temperature in the loss."""
+    h = torch.tanh((x * p["scale"]) @ p["a"] + p["ab"])
+    h = torch.tanh((h * p["gain"] ** 2) @ p["b"])
+    return ce(h @ p["d"] * p["t"].exp(), y) + p["t"].sin()
+
+
+def ordered(p, x, y):
+    """Units are multiplied in an order that each sample brings along: for the first it is that of the units themselves."""
+    h = torch.tanh(x[:5] @ p["e"] + p["b"])
+    return ce(h * h[x[5:].long()] @ p["o"], y)
+
+
+def added(p, x, y):
+    """What is added to the output of a site depends on the one before it."""
+    h = torch.tanh(x @ p["e"])
+    return ce(torch.addmv(h[:4].sin(), p["w"], h).cos() @ p["o"], y)
+
+
+def images(p, x, y):
+    h = F.avg_pool2d(torch.tanh(F.conv2d(x, p["c1"], p["a1"], padding=1)), 2)
+    h = F.max_pool2d(torch.tanh(F.conv2d(h, p["c2"])), 2)
+    return ce(h.flatten() @ p["w"], y)
+
+
+ACTIVATIONS = {
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "gelu": F.gelu,
+    "layer_norm": lambda h: F.layer_norm(h, h.shape),
+    "softmax": lambda h: torch.softmax(h, 0),
+    "sorted": lambda h: torch.tanh(h).sort().values,
+}
+NETS = [
+    *(Architecture(f"deep, {name}", lambda p, x, y, act=act: deep(act, p, x, y), DEEP, X, 0) for name, act in ACTIVATIONS.items()),
+    Architecture("gains", gained, params(scale=(5,), a=(5, 7), ab=(7,), gain=(7,), b=(7, 8), d=(8, 3), t=()), X, 0),
+    Architecture("orders", ordered, params(e=(5, 6), b=(6,), o=(6, 3)), torch.cat([X, ORDERS.double()], 1), 0),
+    Architecture("added", added, params(e=(5, 6), w=(4, 6), o=(4, 3)), X, 0),
+    Architecture("images", images, params(c1=(2, 1, 3, 3), a1=(2,), c2=(3, 2, 3, 3), w=(3, 3)), numbers(N, 1, 8, 8), 0),
+    Architecture("one site", lambda p, x, y: ce(torch.tanh(x @ p["e"]), y), params(e=(5, 3)), X, 0),
+    Architecture("an indefinite loss", lambda p, x, y: (torch.tanh(torch.tanh(x @ p["e"]) @ p["w"]).sin().sum() * (y - 1)) ** 3,
+                 params(e=(5, 6), w=(6, 4)), X, 0),
+]  # fmt: skip
+
+
+@pytest.fixture
+def routes(monkeypatch):
+    """Which plans went by stages, where none of them is held to products."""
+    taken = []
+    chained = elimination.chained
+    monkeypatch.setattr(lifting, "chained", lambda plan: taken.append(chained(plan)) or taken[-1])
+    monkeypatch.setattr(lifting, "_entries_agree", lambda plan: True)
+    return taken
+
+
+def diagonal(net):
+    return Space.of(net.p).ravel(fh.hessian_diagonal(empirical_risk(net.loss))(net.p, net.X, net.y))
+
+
+@every_architecture
+def test_a_chain_is_told_from_other_graphs(net, routes):
+    assert relative_error(diagonal(net), net.truth().diagonal()) < 1e-12
+    assert routes == [net.name not in NO_CHAIN]
+
+
+@pytest.mark.parametrize("net", NETS, ids=str)
+def test_the_diagonal_is_exact_whatever_lies_between_two_sites(net, routes):
+    assert relative_error(diagonal(net), net.truth().diagonal()) < 1e-12
+    assert routes == [True]
+
+
+@pytest.mark.parametrize("net", NETS, ids=str)
+def test_samples_and_directions_may_come_in_any_portions(net, routes, monkeypatch):
+    monkeypatch.setattr(elimination, "WORKING_SET", 20_000)
+    assert relative_error(diagonal(net), net.truth().diagonal()) < 1e-12
+
+
+def test_a_plain_function_of_a_batch_goes_by_stages_too(routes, monkeypatch):
+    monkeypatch.setattr(lifting, "WORTH_A_PROOF", 0)
+    net = NETS[0]
+
+    def mean(p):
+        return deep(torch.tanh, p, X, net.y)
+
+    assert relative_error(Space.of(net.p).ravel(fh.hessian_diagonal(mean)(net.p)), net.truth().diagonal()) < 1e-12
+    assert routes == [True]
+
+
+def test_a_residual_that_is_not_diagonal_is_seen_in_any_sample(routes, monkeypatch):
+    """Without the random directions the product of two units would pass for a square."""
+    net = next(net for net in NETS if net.name == "orders")
+    monkeypatch.setattr(elimination, "_probes", lambda zero: torch.ones(2, *zero.shape).to(zero))
+    assert relative_error(diagonal(net), net.truth().diagonal()) > 1e-3
+
+
+def test_the_first_result_is_held_to_products(monkeypatch):
+    net, calls = NETS[0], []
+    honest = elimination.diagonal_by_stages
+
+    def spoiled(plan, samples):
+        calls.append(len(samples))
+        yield from ((leaf, where, 1.001 * values) for leaf, where, values in honest(plan, samples))
+
+    monkeypatch.setattr(lifting, "diagonal_by_stages", spoiled)
+    risk, space = empirical_risk(net.loss), Space.of(net.p)
+    for _ in range(2):
+        assert relative_error(space.ravel(fh.hessian_diagonal(risk)(net.p, net.X, net.y)), net.truth().diagonal()) < 1e-12
+    assert calls == [N]
