@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from networks import numbers
 from oracles import relative_error
-from test_lifting import ARCHITECTURES, N, Architecture, X, ce, every_architecture, params
+from test_lifting import Architecture, N, X, ce, every_architecture, params
 
 import functional_hess as fh
 from functional_hess import Space, elimination, empirical_risk, lifting
@@ -59,7 +61,7 @@ ACTIVATIONS = {
     "sorted": lambda h: torch.tanh(h).sort().values,
 }
 NETS = [
-    *(Architecture(f"deep, {name}", lambda p, x, y, act=act: deep(act, p, x, y), DEEP, X, 0) for name, act in ACTIVATIONS.items()),
+    *(Architecture(f"deep, {name}", functools.partial(deep, act), DEEP, X, 0) for name, act in ACTIVATIONS.items()),
     Architecture("gains", gained, params(scale=(5,), a=(5, 7), ab=(7,), gain=(7,), b=(7, 8), d=(8, 3), t=()), X, 0),
     Architecture("orders", ordered, params(e=(5, 6), b=(6,), o=(6, 3)), torch.cat([X, ORDERS.double()], 1), 0),
     Architecture("added", added, params(e=(5, 6), w=(4, 6), o=(4, 3)), X, 0),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import functional_hess as fh
-from functional_hess import Space, contraction, explain, lifting, seeding
+from functional_hess import Space, contraction, elimination, explain, lifting, seeding
 from functional_hess.independence import independent_parts
 from functional_hess.sites import find_sites
 
@@ -194,7 +194,7 @@ def test_directions_and_samples_may_come_in_any_portions(name, directions, monke
     loss = next(each for each in LOSSES if each.name == name)
     monkeypatch.setattr(seeding, "DIRECTIONS", directions)
     for working_set in (2**26, 20_000):
-        for module in (lifting, seeding, contraction):
+        for module in (lifting, seeding, contraction, elimination):
             monkeypatch.setattr(module, "WORKING_SET", working_set)
         monkeypatch.setattr(lifting, "PROOF", 0)
         space = Space.of(loss.p)

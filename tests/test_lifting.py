@@ -19,7 +19,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import functional_hess as fh
-from functional_hess import Space, contraction, empirical_risk, explain, lifting, seeding, sites
+from functional_hess import Space, contraction, elimination, empirical_risk, explain, lifting, seeding, sites
 
 N = 5
 ce = F.cross_entropy
@@ -281,7 +281,7 @@ def test_directions_and_samples_may_come_in_any_portions(name, directions, monke
     monkeypatch.setattr(seeding, "DIRECTIONS", directions)
     H, space = net.truth(), Space.of(net.p)
     for working_set in (2**26, 20_000):
-        for module in (lifting, seeding, contraction):
+        for module in (lifting, seeding, contraction, elimination):
             monkeypatch.setattr(module, "WORKING_SET", working_set)
         risk = empirical_risk(net.loss)
         assert relative_error(space.matrix(fh.hessian(risk)(net.p, net.X, net.y)), H) < 1e-12
@@ -314,7 +314,7 @@ class Alive(TorchDispatchMode):
 
 @pytest.mark.parametrize("verb", [fh.hessian, fh.hessian_diagonal])
 def test_memory_does_not_grow_with_the_samples(verb, monkeypatch):
-    for module in (lifting, seeding, contraction):
+    for module in (lifting, seeding, contraction, elimination):
         monkeypatch.setattr(module, "WORKING_SET", 2**20)
     p = params(a=(6, 12), b=(12, 12), c=(12, 3))
     risk = empirical_risk(lambda p, x, y: ce(torch.tanh(torch.tanh(x @ p["a"]) @ p["b"]) @ p["c"], y), batch_size=64)
@@ -393,8 +393,8 @@ def test_an_output_read_elsewhere_that_was_absorbed_is_caught(monkeypatch):
     net = next(n for n in ARCHITECTURES if n.name == "z read twice")
     honest = sites.reached_variables
 
-    def blind(outputs):
-        return honest(outputs) - {id(t) for t in BLIND}
+    def blind(outputs, until=()):
+        return honest(outputs, until) - {id(t) for t in BLIND}
 
     BLIND: list[Tensor] = []
     place = sites._Discover.place
