@@ -319,7 +319,7 @@ def test_memory_does_not_grow_with_the_samples(verb, monkeypatch):
     p = params(a=(6, 12), b=(12, 12), c=(12, 3))
     risk = empirical_risk(lambda p, x, y: ce(torch.tanh(torch.tanh(x @ p["a"]) @ p["b"]) @ p["c"], y), batch_size=64)
     peaks = []
-    for n in (64, 256):
+    for n in (512, 2048):
         batch = numbers(n, 6), torch.arange(n) % 3
         verb(risk)(p, *batch)
         with Alive() as alive:
