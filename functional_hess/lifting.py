@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functional_hess.chunking import MIB, WORKING_SET, fits, megabytes, survey
+from functional_hess.chunking import MIB, WORKING_SET, fits, megabytes
 from functional_hess.contraction import add_block, blocks_of, diagonal_of
 from functional_hess.elimination import chained, diagonal_by_stages, samples_of_a_stage
 from functional_hess.guards import missing_rule, out_of_memory
