@@ -16,17 +16,16 @@ A prepared function is the end of the line: it cannot be differentiated or mappe
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
-import types
+import operator
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from functional_hess.captures import held_by
 from functional_hess.levels import is_outermost, repaired
 from functional_hess.tree import signature, signature_differences, tensors_of
 
@@ -57,6 +56,11 @@ class Prepared:
     _run: Callable[..., Sequence[Tensor]]
     _rebuild: Callable[[Sequence[Tensor]], Any]
 
+    def repeated(self, tensors: Sequence[Tensor]) -> Any:
+        """The value at arguments whose tensors are these, in order: for a caller who knows that they are as in the example."""
+        with torch.no_grad():
+            return self._rebuild(self._run(*map(_restrided, tensors, self._strides)))
+
     def __call__(self, *args: Any) -> Any:
         """The value at ``args``.
 
@@ -70,8 +74,7 @@ class Prepared:
             raise ValueError(f"{self.name}: prepared for other arguments: {told}. Call prepare again for these.")
         tensors, _ = tensors_of(args)
         self._require_end_of_the_line(tensors)
-        with torch.no_grad():
-            return self._rebuild(self._run(*map(_restrided, tensors, self._strides)))
+        return self.repeated(tensors)
 
     def _require_end_of_the_line(self, tensors: Sequence[Tensor]) -> None:
         if not is_outermost():
@@ -88,7 +91,9 @@ class Prepared:
         return "\n".join(lines)
 
 
-def prepare(transformed: Callable[..., Any], *example_args: Any, backend: str = "graph") -> Prepared:
+def prepare(
+    transformed: Callable[..., Any], *example_args: Any, backend: str = "graph", constants: Sequence[Tensor] = ()
+) -> Prepared:
     """Trace ``transformed(*example_args)`` once, for many calls with other numbers.
 
     Args:
@@ -97,6 +102,8 @@ def prepare(transformed: Callable[..., Any], *example_args: Any, backend: str = 
         example_args: arguments of the structure, shapes, dtypes and devices of those to come; what is no tensor is fixed.
         backend: ``"graph"`` repeats the operations one by one; ``"inductor"`` compiles them as well (needs a C++ compiler, takes
             seconds to minutes, and pays for functions of many small operations).
+        constants: tensors that ``transformed`` closes over and that are never written to: what depends on them alone is computed
+            once, and they are not listed among the captured.
 
     Returns:
         a :class:`Prepared`. A call costs the operations alone: no level of differentiation is opened, no memory predicted. Chunks
@@ -122,17 +129,18 @@ def prepare(transformed: Callable[..., Any], *example_args: Any, backend: str = 
         raise PrepareError(f"{name}: cannot be prepared inside another transform; prepare the whole of it.")
     tensors, fill = tensors_of(example_args)
     tensors = tuple(t.detach() for t in tensors)
+    own = {t.untyped_storage()._cdata for t in constants}
     with torch.no_grad():
         expected = transformed(*fill(tensors))
         traced = _traced(name, transformed, tensors, fill)
-        graph = _simplified(name, traced.graph, tensors)
+        graph = _simplified(name, traced.graph, tensors, own)
         run = _compiled(graph.forward, tensors) if backend == "inductor" else graph.forward
         _require_agreement(name, tensors_of(expected)[0], run(*tensors))
     return Prepared(
         name=name,
         backend=backend,
         operations=sum(node.op == "call_function" for node in graph.graph.nodes),
-        captured=tuple(_described(transformed, traced.captured)),
+        captured=tuple(_described(transformed, [t for t in traced.captured if t.untyped_storage()._cdata not in own])),
         arguments=signature(example_args),
         _strides=tuple(t.stride() for t in tensors),
         _run=run,
@@ -189,33 +197,10 @@ def _tagged(node: fx.Node, tag: torch.Tag) -> bool:
 
 
 def _described(transformed: Callable[..., Any], captured: Sequence[Tensor]) -> Iterator[str]:
-    names = dict(_closed_over(inspect.unwrap(transformed)))
+    names = {t.untyped_storage().data_ptr(): held.name for held in held_by(transformed) for t in held.tensors()}
     for t in captured:
         name = names.get(t.untyped_storage().data_ptr(), "a tensor")
         yield f"{name} of shape {tuple(t.shape)}, {t.dtype}, {t.device}"
-
-
-def _closed_over(function: Any, depth: int = 4) -> Iterator[tuple[int, str]]:
-    """Names of the tensors within reach of a function, by where their numbers lie."""
-    if isinstance(function, torch.nn.Module):
-        named: Mapping[str, Any] = dict((*function.named_parameters(), *function.named_buffers()))
-    elif isinstance(function, types.FunctionType) and depth:
-        try:
-            variables = inspect.getclosurevars(function)
-        except ValueError:  # a cell that was never filled
-            return
-        named = {**variables.globals, **variables.nonlocals}
-    elif isinstance(function, functools.partial) and depth:
-        named = {"": function.func}
-    else:
-        return
-    for name, value in named.items():
-        if isinstance(value, Tensor):
-            yield value.untyped_storage().data_ptr(), name
-        elif isinstance(value, (dict, list, tuple)):
-            yield from ((t.untyped_storage().data_ptr(), name) for t in tensors_of(value)[0])
-        elif callable(value) and value is not function:
-            yield from ((where, f"{name}.{inner}".lstrip(".")) for where, inner in _closed_over(value, depth - 1))
 
 
 # ---------------------------------------------------------------------------------------------------- less to do
@@ -231,8 +216,11 @@ class _Storages(fx.Interpreter):
         value = self.env.get(node)
         return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
 
+    def storages_of(self, node: Any) -> set[int]:
+        return {t.untyped_storage()._cdata for t in tensors_of(self.env.get(node))[0]}
 
-def _simplified(name: str, graph: fx.GraphModule, tensors: Sequence[Tensor]) -> fx.GraphModule:
+
+def _simplified(name: str, graph: fx.GraphModule, tensors: Sequence[Tensor], constants: set[int]) -> fx.GraphModule:
     """Equal operations become one, and what depends on no argument is computed here; nothing that is written to is touched."""
     run = _Storages(graph)
     with torch.no_grad():
@@ -247,7 +235,10 @@ def _simplified(name: str, graph: fx.GraphModule, tensors: Sequence[Tensor]) -> 
     free = [node for node in graph.graph.nodes if _is_pure(node) and run.storage_of(node) not in {*touched, None}]
     _drop_detach(free)
     _join_equal(free)
-    _keep_constants(graph, free, run)
+    known = {node for node in graph.graph.nodes if node.op == "get_attr" and run.storage_of(node) in constants}
+    _find_constants(graph.graph, known, run, touched)
+    _drop_ones(graph, free, known, run, touched)
+    _keep_constants(graph, known, run)
     graph.graph.eliminate_dead_code()
     graph.graph.lint()
     graph.recompile()
@@ -295,25 +286,62 @@ def _hashable(value: Any) -> Any:
     return (type(value), value)  # 1, 1.0 and True are three things
 
 
-def _keep_constants(graph: fx.GraphModule, free: Sequence[fx.Node], run: _Storages) -> None:
-    """Results that depend on no argument and no captured tensor become attributes, up to ``KEPT`` bytes."""
-    constant: set[fx.Node] = set()
+_EMPTY = frozenset({torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default, torch.ops.aten.empty_like.default})
+_OF_A_SHAPE = frozenset({torch.ops.aten.ones_like.default, torch.ops.aten.zeros_like.default, torch.ops.aten.new_zeros.default})
+_POWER = torch.ops.aten.pow.Tensor_Scalar
+_PRODUCTS = frozenset({torch.ops.aten.mul.Tensor, torch.ops.aten.mul.Scalar})
+
+
+def _find_constants(graph: fx.Graph, known: set[fx.Node], run: _Storages, touched: set[Any]) -> None:
+    """Results that are the same for all arguments, into ``known``, which has the tensors that never change."""
+    for node in graph.nodes:
+        if not (_is_pure(node) or node.target is operator.getitem) or not touched.isdisjoint(run.storages_of(node)):
+            continue
+        of_a_shape = node.target in _OF_A_SHAPE or (node.target is _POWER and node.args[1] == 0)  # NaN to the 0 is 1 too
+        if of_a_shape or (node.target not in _EMPTY and all(parent in known for parent in node.all_input_nodes)):
+            known.add(node)
+
+
+def _drop_ones(graph: fx.GraphModule, free: Sequence[fx.Node], known: set[fx.Node], run: _Storages, touched: set[Any]) -> None:
+    """y^1 and products of y with ones are y, to the bit; derivatives of powers are full of both."""
+    kept = {run.storage_of(node) for node in _results(graph.graph)} | touched  # a result must have memory of its own
     for node in free:
-        if all(parent in constant for parent in node.all_input_nodes) and node.target not in _EMPTY:
-            constant.add(node)
+        if node.target is _POWER and node.args[1] == 1:
+            candidates: Sequence[Any] = node.args[:1]
+        elif node.target in _PRODUCTS:
+            a, b = node.args
+            candidates = [y for y, one in ((a, b), (b, a)) if isinstance(y, fx.Node) and _is_one(one, known, run)]
+        else:
+            continue
+        for y in candidates:
+            was, is_now = run.env[node], run.env[y]
+            alike = was.shape == is_now.shape and was.dtype == is_now.dtype and was.stride() == is_now.stride()
+            if alike and run.storage_of(node) not in kept and run.storage_of(y) not in touched:
+                node.replace_all_uses_with(y)
+                break
+
+
+def _is_one(factor: Any, known: set[fx.Node], run: _Storages) -> bool:
+    if isinstance(factor, fx.Node):
+        return factor in known and bool((run.env[factor] == 1).all())
+    return factor == 1
+
+
+def _keep_constants(graph: fx.GraphModule, known: set[fx.Node], run: _Storages) -> None:
+    """Constant results become attributes, up to ``KEPT`` bytes."""
     shown = {run.storage_of(node) for node in _results(graph.graph)}
-    room = KEPT
-    for number, node in enumerate(node for node in constant if any(user not in constant for user in node.users)):
+    room, number = KEPT, 0
+    for node in [node for node in graph.graph.nodes if node in known and any(user not in known for user in node.users)]:
         value = run.env[node]
-        if run.storage_of(node) in shown or value.numel() * value.element_size() > room:
+        if not isinstance(value, Tensor) or node.op == "get_attr" or run.storage_of(node) in shown:
+            continue
+        if value.numel() * value.element_size() > room:
             continue
         room -= value.numel() * value.element_size()
         graph.register_buffer(f"_kept{number}", value.contiguous(), persistent=False)
         with graph.graph.inserting_before(node):
             node.replace_all_uses_with(graph.graph.get_attr(f"_kept{number}"))
-
-
-_EMPTY = frozenset({torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default, torch.ops.aten.empty_like.default})
+        number += 1
 
 
 def _results(graph: fx.Graph) -> Sequence[fx.Node]:

@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *(f"repaired_{kind}" for kind in ("distances", "gathers", "losses", "matrices", "norms", "sequences")),
     ),
     ("repaired_singular",),
-    ("repairs", "differences", "index_sets"),
+    ("repairs", "differences", "index_sets", "captures"),
     ("levels", "connections"),
     ("guards", "transcripts"),
     ("transforms", "impurity", "extrapolation"),
