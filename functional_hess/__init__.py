@@ -1,6 +1,6 @@
 """Composable second-order calculus for PyTorch functions of trees of parameters."""
 
-from functional_hess import testing, tree
+from functional_hess import coloring, testing, tree
 from functional_hess.chunking import MemoryLimitError
 from functional_hess.extrapolation import FiniteDifferenceWarning
 from functional_hess.guards import LowPrecisionWarning, MissingDerivativeError, RandomnessError
@@ -8,6 +8,7 @@ from functional_hess.impurity import ImpurityError, ImpurityWarning
 from functional_hess.jacobians import jacfwd, jacrev
 from functional_hess.levels import DependenceError
 from functional_hess.modules import functionalize_module
+from functional_hess.plans import SparsePlan
 from functional_hess.prepared import prepare
 from functional_hess.products import grad_and_hvp, hvp
 from functional_hess.risk import empirical_risk
@@ -19,6 +20,8 @@ from functional_hess.second_order import (
     hessian_rows,
     value_grad_and_hessian,
 )
+from functional_hess.sparse import load_plan, sparse_hessian, sparse_jacobian
+from functional_hess.sparsity import SparsityError
 from functional_hess.transforms import grad, jvp, linearize, value_and_grad, vjp, vmap
 from functional_hess.tree import Space, partition, register
 from functional_hess.verification import Record, checked
@@ -51,6 +54,12 @@ __all__ = [
     "hessian_diagonal",
     "explain",
     "prepare",
+    # sparse derivatives
+    "sparse_hessian",
+    "sparse_jacobian",
+    "load_plan",
+    "SparsePlan",
+    "coloring",
     # checks and errors
     "checked",
     "Record",
@@ -63,4 +72,5 @@ __all__ = [
     "MemoryLimitError",
     "MissingDerivativeError",
     "RandomnessError",
+    "SparsityError",
 ]

@@ -4,8 +4,8 @@ A function is more than its arguments: it closes over variables, reads globals, 
 module. What was written down of it once (a trace, a pattern) holds for what it held then. This floor lists the places where it
 holds something, each with what was there, so that a later look tells what has been put there instead:
 
-    cells of closures, globals and defaults that its code names, what ``partial`` binds, attributes of its object, parameters, buffers
-    and the mode of modules, entries of lists, tuples and dicts; of functions that are found on the way the same again.
+    cells of closures, globals and defaults that its code names, what ``partial`` binds, attributes of its object, parameters,
+    buffers and the mode of modules, entries of lists, tuples and dicts; of functions that are found on the way the same again.
 
 It sees replacement, not a change in place: a tensor that is written to is the same tensor. Out of sight are attributes of Python
 modules, values behind properties and slots, and what a library's own functions hold.
@@ -112,7 +112,7 @@ def _entries_of(container: Any) -> tuple[Any, ...]:
 
 
 def _is_followed(value: Any) -> bool:
-    """Functions, modules and objects of the user's own; no classes, no Python modules, nothing that a library keeps for itself."""
+    """Functions, modules and objects of the user's own; no classes, no Python modules, nothing of a library's."""
     if isinstance(value, (type, types.ModuleType, types.BuiltinFunctionType)):
         return False
     if isinstance(value, (types.FunctionType, types.MethodType, functools.partial, torch.nn.Module)):
@@ -142,7 +142,7 @@ def _places(holder: Any) -> Places:
     else:
         attributes = getattr(holder, "__dict__", {})
         yield from _places_in(attributes, list(attributes))
-        call = getattr(type(holder), "__call__", None)
+        call = vars(type(holder)).get("__call__")
         if isinstance(call, types.FunctionType):
             yield "", call, lambda: call
 

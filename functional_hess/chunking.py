@@ -60,6 +60,7 @@ __all__ = [
     "parse_bytes",
     "progress_bar",
     "recomputed",
+    "require_room",
     "survey",
 ]
 
@@ -455,6 +456,22 @@ def chunk_for(
 def fits(output: int, device: torch.device) -> bool:
     """Whether a result of so many bytes may be allocated at all."""
     return output <= NOT_WORTH_ASKING or output <= _total(device, None)
+
+
+def require_room(
+    verb: str, what: str, output: int, device: torch.device, memory_limit: int | float | str | None, cure: str
+) -> None:
+    """Refuse a result that does not fit, before it is allocated.
+
+    Raises:
+        MemoryLimitError: ``output`` bytes are more than the limit, or than a share of what is available.
+    """
+    if memory_limit is None and output <= NOT_WORTH_ASKING:
+        return
+    total = _total(device, memory_limit)
+    if output > total:
+        limit = "memory_limit" if memory_limit is not None else f"{SHARE_OF_AVAILABLE:.0%} of the memory available"
+        raise MemoryLimitError(f"{verb}: {what} needs {megabytes(output)}, but {limit} is {megabytes(total)}. {cure}")
 
 
 def _total(device: torch.device, memory_limit: int | float | str | None) -> float:

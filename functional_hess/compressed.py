@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from functional_hess.chunking import chunk_for, closed_bound
+from functional_hess.chunking import Estimate, chunk_for, closed_bound
 from functional_hess.coloring import Coloring, SparsityPattern
 from functional_hess.guards import missing_rule
 from functional_hess.levels import flat_jvp, flat_vjp, flat_vmap
 from functional_hess.rows import Group, Problem, refined
 from functional_hess.tree import Space, flat
 
-__all__ = ["Compression", "Factors", "chunk_of_colors", "joined", "pushed", "summed_units"]
+__all__ = ["Compression", "Factors", "chunk_of_colors", "colors_at_once", "joined", "pushed", "summed_units"]
 
 Tensors = tuple[Tensor, ...]
 Multiply = Callable[[dict[int, Tensor]], Tensors]
@@ -136,11 +136,16 @@ def chunk_of_colors(problem: Problem, colors: int, output: int) -> int:
     Raises:
         MemoryLimitError: see :func:`functional_hess.chunking.chunk_for`.
     """
+    return colors_at_once(problem, colors, output)[0]
+
+
+def colors_at_once(problem: Problem, colors: int, output: int) -> tuple[int, Estimate]:
+    """How many products at once, and the memory that so many take; as :func:`chunk_of_colors`."""
     options, seen, space = problem.options, problem.seen, problem.space
     bound = closed_bound(sum(t.numel() * t.element_size() for t in problem.bound.x), seen.saved, seen.held)
     leaves = tuple(space.leaves)
     group = Group(leaves, leaves, tuple(space.pieces(range(min(colors, space.dim)))))
-    chunk, _ = chunk_for(
+    return chunk_for(
         problem.verb,
         rows=colors,
         output=output,
@@ -151,4 +156,3 @@ def chunk_of_colors(problem: Problem, colors: int, output: int) -> int:
         memory_limit=options.memory_limit,
         chunk_size=options.chunk_size,
     )
-    return chunk

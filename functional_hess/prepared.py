@@ -307,7 +307,7 @@ def _drop_ones(graph: fx.GraphModule, free: Sequence[fx.Node], known: set[fx.Nod
     kept = {run.storage_of(node) for node in _results(graph.graph)} | touched  # a result must have memory of its own
     for node in free:
         if node.target is _POWER and node.args[1] == 1:
-            candidates: Sequence[Any] = node.args[:1]
+            candidates: list[Any] = [node.args[0]]
         elif node.target in _PRODUCTS:
             a, b = node.args
             candidates = [y for y, one in ((a, b), (b, a)) if isinstance(y, fx.Node) and _is_one(one, known, run)]

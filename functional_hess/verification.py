@@ -66,7 +66,7 @@ from functional_hess.levels import flat_plain_value_and_grad, flat_value_and_gra
 from functional_hess.transforms import Bound
 from functional_hess.tree import Piece, Space, flat, tensors_of
 
-__all__ = ["Check", "CheckedCall", "Record", "begin", "checked", "unchecked"]
+__all__ = ["Check", "CheckedCall", "Record", "begin", "checked", "inside_checked", "unchecked"]
 
 Tensors = tuple[Tensor, ...]
 Scalar = Callable[..., tuple[Tensor, Any]]
@@ -189,6 +189,11 @@ def checked(*, generator: torch.Generator | None = None) -> Iterator[Record]:
     block = _Block(Record(), drawn_by(generator))
     with _within((*_here.blocks, block)):
         yield block.record
+
+
+def inside_checked() -> bool:
+    """Whether this thread is inside a ``checked()`` block."""
+    return bool(_here.blocks)
 
 
 def begin(bound: Bound, has_aux: bool, randomness: str) -> Check | None:

@@ -445,6 +445,47 @@ def on(f: Callable[..., Any], params: Any, folder: str | None = None, **options:
 # The table --------------------------------------------------------------------------------------------------------------
 
 P = fh.Space.of(X)
+CHAIN = torch.zeros(3, dtype=torch.float64)
+
+
+def chain(x: Tensor) -> Tensor:
+    return (x[1:] * x[:-1]).sum()
+
+
+def planned(**options: Any) -> fh.SparsePlan:
+    return fh.sparse_hessian(chain, CHAIN, **options)
+
+
+def dense_beyond_the_limit() -> Any:
+    x = torch.zeros(500, dtype=torch.float64)
+    plan = fh.sparse_hessian(chain, x, memory_limit="1 MB")
+    return plan(x, layout=torch.strided)
+
+
+def saved(f: Callable[[Path], Any]) -> Callable[[Patch], Any]:
+    """``f`` of a file that holds a plan."""
+
+    def call(_: Patch) -> Any:
+        with tempfile.TemporaryDirectory() as folder:
+            planned().save(path := Path(folder) / "plan")
+            return f(path)
+
+    return call
+
+
+def damaged(path: Path, **changed: Any) -> Any:
+    with np.load(path) as file:
+        arrays = {**file, **changed}
+    with open(path, "wb") as file:
+        np.savez(file, **arrays)
+    return fh.load_plan(path, chain)
+
+
+def no_plan(path: Path) -> Any:
+    path.write_text("nothing")
+    return fh.load_plan(path, chain)
+
+
 PATTERN = coloring.banded(1)(3)
 ONE_ROW = coloring.SparsityPattern.of_entries([0], [1], (2, 2))
 
@@ -1409,6 +1450,135 @@ ROWS: dict[str, list[Row]] = {
             "empirical_risk: the Batches gives its samples in another order at every pass. Sums over them agree up to rounding, "
             "but not bit for bit; pass shuffle=False for that.",
             lambda _: fh.empirical_risk(squares)(W, Batches([1.0, 2.0], [2.0, 1.0], [1.0, 2.0])),
+        ),
+    ],
+    "sparse": [
+        Row(
+            "layout",
+            ValueError,
+            "sparse_hessian: layout must be one of torch.sparse_csr, torch.sparse_coo, torch.strided, got torch.sparse_csc.",
+            lambda _: planned()(CHAIN, layout=torch.sparse_csc),
+        ),
+        Row(
+            "plan.values",
+            fh.SparsityError,
+            "sparse_hessian: inside another transform there are no sparse tensors. Take plan.values(...), which has the entries "
+            "in the order of plan.pattern, or layout=torch.strided.",
+            lambda _: fh.vmap(planned())(CHAIN[None]),
+        ),
+        Row(
+            "functional_hess[sparse]",
+            ImportError,
+            "sparse_hessian: to_scipy needs scipy: pip install 'functional_hess[sparse]'.",
+            lambda patch: (patch.setitem(sys.modules, "scipy.sparse", None), planned().to_scipy(CHAIN)),
+        ),
+        Row(
+            "diagonal",
+            TypeError,
+            "sparse_jacobian: diagonal is for plans of sparse_hessian. Read it off plan(x).to_dense() of a square matrix.",
+            lambda _: fh.sparse_jacobian(lambda x: x**2, CHAIN).diagonal(CHAIN),
+        ),
+        Row(
+            "args[0]",
+            ValueError,
+            "sparse_hessian: the plan was made for other arguments: args[0] must be a tensor of shape (3,), torch.float64, cpu, "
+            "got a tensor of shape (4,), torch.float64, cpu. Make a new plan for these.",
+            lambda _: planned()(torch.zeros(4, dtype=torch.float64)),
+        ),
+        Row(
+            "x (3,)",
+            ValueError,
+            "sparse_hessian: the plan is for x with leaves x (3,), got w (2,). Make a new plan for this x.",
+            saved(lambda path: fh.load_plan(path, chain)({"w": W})),
+        ),
+        Row(
+            "new plan",
+            fh.SparsityError,
+            "sparse_hessian: inside another transform entries cannot be certified, and this plan needs it (its pattern was not "
+            "detected and never certified, or what it rests on has changed). Call it once outside, or make a new plan.",
+            lambda _: fh.vmap(planned(pattern="tridiagonal").values)(CHAIN[None]),
+        ),
+        Row(
+            "x[0]",
+            fh.SparsityError,
+            "sparse_hessian: A v along a random v disagrees with a product: at x[0] the entries give ..., the product .... "
+            "Either the pattern that was given lacks entries: leave it out to have it detected; or its derivatives are not symmetric "
+            "(a custom backward, no_grad inside): take sparse_jacobian(grad(f), x).",
+            lambda _: planned(pattern="diagonal")(CHAIN),
+        ),
+        Row(
+            "backend",
+            ValueError,
+            "sparse_hessian: backend must be one of 'graph', 'inductor', got 'xla'.",
+            lambda _: planned(backend="xla"),
+        ),
+        Row(
+            "plan.values",
+            fh.SparsityError,
+            "sparse_hessian: a plan cannot be made inside another transform. Make it outside, and call plan.values there.",
+            lambda _: fh.vmap(lambda x: fh.sparse_hessian(chain, x).values(x))(CHAIN[None]),
+        ),
+        Row(
+            "pattern",
+            ValueError,
+            "sparse_hessian: pattern must be one of 'diagonal', 'tridiagonal', a matrix, banded(r) or blocks(sizes), got 'band'.",
+            lambda _: planned(pattern="band"),
+        ),
+        Row(
+            "pattern",
+            TypeError,
+            "sparse_hessian: pattern must be a scipy matrix, a tensor, 'tridiagonal', banded(r), blocks(sizes) or a "
+            "SparsityPattern, got int.",
+            lambda _: planned(pattern=3),
+        ),
+        Row(
+            "pattern",
+            ValueError,
+            "sparse_hessian: pattern must have shape (3, 3), got (4, 4).",
+            lambda _: planned(pattern=np.eye(4)),
+        ),
+        Row(
+            "pattern",
+            ValueError,
+            "sparse_hessian: pattern must be symmetric. Pass p | p.transpose of p = SparsityPattern.of_matrix(pattern).",
+            lambda _: planned(pattern=np.triu(np.ones((3, 3)))),
+        ),
+        Row(
+            "coloring",
+            ValueError,
+            "sparse_hessian: coloring must be a Coloring of kind 'star', or that name, got 'column'.",
+            lambda _: planned(coloring="column"),
+        ),
+        Row(
+            "coloring",
+            ValueError,
+            "sparse_hessian: coloring must have 3 columns or 3 rows, got 4 columns and 0 rows.",
+            lambda _: planned(coloring=coloring.star_coloring(coloring.banded(1)(4))),
+        ),
+        Row(
+            "is no plan",
+            ValueError,
+            "load_plan: ... is no plan: it must be a file that plan.save wrote (...).",
+            saved(no_plan),
+        ),
+        Row(
+            "is damaged",
+            ValueError,
+            "load_plan: ... is damaged: its contents and their sum differ. Make the plan anew.",
+            saved(lambda path: damaged(path, indices=np.zeros(4, dtype=np.int64))),
+        ),
+        Row(
+            "version",
+            ValueError,
+            "load_plan: ... is of another version, 'functional_hess plan 2'. Make the plan anew.",
+            saved(lambda path: damaged(path, header=np.array('{"format": "functional_hess plan 2"}'))),
+        ),
+        Row(
+            "layout=",
+            fh.MemoryLimitError,
+            "sparse_hessian: the dense matrix needs 2.0 MB, but memory_limit is 1.0 MB. Leave layout= out for a sparse tensor, "
+            "or take plan.diagonal or plan.values.",
+            lambda _: dense_beyond_the_limit(),
         ),
     ],
     "sparsity": [
