@@ -50,6 +50,10 @@ class Compression:
     def _moved(self) -> dict[torch.device, tuple[Tensor, Tensor, Tensor]]:
         return {}
 
+    def read(self, B: Tensor) -> Tensor:
+        """The wanted entries, from the products laid end to end."""
+        return B if self.places is None else B.index_select(0, self.on(B.device)[2])
+
     def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """The same on a device, moved there once."""
         if device.type == "cpu":
@@ -75,14 +79,17 @@ class Factors:
 
     def entries(self, compression: Compression, chunk: int) -> Tensor:
         """The wanted entries of A: as many products as there are colors, ``chunk`` at a time."""
-        of_columns, of_rows, places = compression.on(self.domain.device)
+        return compression.read(self.products(compression, chunk))
+
+    def products(self, compression: Compression, chunk: int) -> Tensor:
+        """All of B, laid end to end."""
+        of_columns, of_rows, _ = compression.on(self.domain.device)
         count = compression.coloring
         parts = [*_products(self.columns, self.domain, of_columns, count.column_colors, self.codomain, chunk)]
         parts += _products(self.rows, self.codomain, of_rows, count.row_colors, self.domain, chunk)
         if not parts:
-            return torch.zeros(len(places), dtype=self.domain.dtype, device=self.domain.device)
-        B = parts[0].reshape(-1) if len(parts) == 1 else torch.cat([part.reshape(-1).to(parts[0].dtype) for part in parts])
-        return B if compression.places is None else B.index_select(0, places)
+            return torch.zeros(0, dtype=self.domain.dtype, device=self.domain.device)
+        return parts[0].reshape(-1) if len(parts) == 1 else torch.cat([part.reshape(-1).to(parts[0].dtype) for part in parts])
 
 
 def _products(multiply: Multiply | None, space: Space, colors: Tensor, count: int, into: Space, chunk: int) -> Iterator[Tensor]:

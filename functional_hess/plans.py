@@ -321,7 +321,8 @@ class SparsePlan:
         if route.run is None or memo.replaced or watched:
             entries, *evidence = self._eagerly(what, args, route, evidence=first or self.origin != DETECTED)
         else:
-            entries, *evidence = route.run(tensors)
+            B, *evidence = route.run(tensors)
+            entries = route.compression.read(B)
             if first:
                 evidence = self._task.with_factors(args, functools.partial(self._evidence, what, route.compression, route.chunk))
         if evidence and self._agree(what, args, entries.detach(), [t.detach() for t in evidence]):
@@ -424,12 +425,13 @@ class SparsePlan:
         return Compression(self.pattern, coloring, recovery_of_diagonal(self.pattern, coloring))
 
     def _use(self, what: str, route: _Route | None, evidence: bool) -> Callable[[Factors], Tensors]:
+        """What is asked of the factors: all products, end to end, and what their entries are held to."""
         compression = route.compression if route else self._compression(what)
         chunk = route.chunk if route else max(compression.coloring.count, 1)
 
         def use(factors: Factors) -> Tensors:
-            entries = factors.entries(compression, chunk)
-            return (entries, *(self._evidence(what, compression, chunk, factors) if evidence else ()))
+            B = factors.products(compression, chunk)
+            return (B, *(self._evidence(what, compression, chunk, factors) if evidence else ()))
 
         return use
 
@@ -438,7 +440,8 @@ class SparsePlan:
         count = route.compression.coloring.count if route else 0
         shown = self._task.options.progress and route is not None and count > route.chunk
         with progress_bar(self.verb, count, shown) as advance:
-            return self._task.with_factors(args, lambda factors: use(_counted(factors, advance) if shown else factors))
+            B, *others = self._task.with_factors(args, lambda factors: use(_counted(factors, advance) if shown else factors))
+        return ((route.compression if route else self._compression(what)).read(B), *others)
 
     def _written_down(self, what: str, args: Sequence[Any], route: _Route) -> _Route:
         """The route with a graph that repeats its arithmetic; as it is, and why, where there can be none."""

@@ -1502,8 +1502,8 @@ ROWS: dict[str, list[Row]] = {
             "x[0]",
             fh.SparsityError,
             "sparse_hessian: A v along a random v disagrees with a product: at x[0] the entries give ..., the product .... "
-            "Either the pattern that was given lacks entries: leave it out to have it detected; or its derivatives are not symmetric "
-            "(a custom backward, no_grad inside): take sparse_jacobian(grad(f), x).",
+            "Either the pattern that was given lacks entries: leave it out to have it detected; or its derivatives are not "
+            "symmetric (a custom backward, no_grad inside): take sparse_jacobian(grad(f), x).",
             lambda _: planned(pattern="diagonal")(CHAIN),
         ),
         Row(

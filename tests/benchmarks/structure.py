@@ -273,8 +273,8 @@ def sparse(n: int, tiny: bool, *, first: bool = False) -> list[Way]:
     x = np.random.default_rng(0).standard_normal(6 if tiny else n)
     point = torch.from_numpy(x)
 
-    def ours() -> Call:
-        plan = fh.sparse_hessian(rosenbrock, point)
+    def ours(backend: str = "graph") -> Call:
+        plan = fh.sparse_hessian(rosenbrock, point, backend=backend)
         return lambda: plan(point).values()
 
     def peer() -> Call:
@@ -289,6 +289,7 @@ def sparse(n: int, tiny: bool, *, first: bool = False) -> list[Way]:
         ]
     return [
         Way("sparse_hessian", ours),
+        Way("sparse_hessian, inductor", lambda: ours("inductor")),
         *([Way("dense rows", lambda: lambda: _band(fh.hessian(rosenbrock)(point)))] if n <= 2000 or tiny else []),
         *only(asdex, Way("asdex, compiled", peer)),
     ]
