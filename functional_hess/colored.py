@@ -29,7 +29,7 @@ from functional_hess.guards import missing_rule
 from functional_hess.levels import repaired
 from functional_hess.products import REVERSE_OVER_REVERSE, Product, product_at, rows_of
 from functional_hess.rows import Problem, rows_only
-from functional_hess.sparsity import detect_reached
+from functional_hess.sparsity import PROOF, detect_reached
 from functional_hess.tree import Space
 
 __all__ = ["Colored", "color", "colored_blocks", "colored_diagonal"]
@@ -37,7 +37,6 @@ __all__ = ["Colored", "color", "colored_blocks", "colored_diagonal"]
 Tensors = tuple[Tensor, ...]
 WORTH_A_LOOK = 48 * MIB  # bytes that rows would write, some ten milliseconds
 FEW = 1 / 8  # of the entries may differ from zero, and as many products as this part of the rows may be taken
-PROOF = 12  # bytes that the watched product takes at its peak for one of the intermediate results of f
 _compressions: weakref.WeakKeyDictionary[SparsityPattern, dict[bool, Compression]] = weakref.WeakKeyDictionary()
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # of the certificate, as a part of |H| |v|
 

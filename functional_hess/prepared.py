@@ -15,6 +15,7 @@ A prepared function is the end of the line: it cannot be differentiated or mappe
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import operator
 import warnings
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from functional_hess.captures import held_by
@@ -32,6 +34,7 @@ from functional_hess.tree import signature, signature_differences, tensors_of
 __all__ = ["BACKENDS", "PrepareError", "Prepared", "prepare"]
 
 BACKENDS = ("graph", "inductor")
+TRIFLE = 16 * 2**20  # bytes of all results together that are held while a graph is looked at
 KEPT = 64 * 2**20  # bytes of results that depend on no argument, kept from call to call
 AGREEMENT = 1024  # times eps, relative to the largest entry
 
@@ -207,10 +210,50 @@ def _described(transformed: Callable[..., Any], captured: Sequence[Tensor]) -> I
 
 
 class _Storages(fx.Interpreter):
-    """Runs a graph once and notes the value of every node, to tell which of them share storage."""
+    """Runs a graph once and notes the value of every node, to tell which of them share storage.
 
-    def __init__(self, graph: fx.GraphModule) -> None:
+    It runs on fake tensors, which take no memory; on real ones where that is a trifle, or an op takes no others.
+    """
+
+    def __init__(self, graph: fx.GraphModule, fake: FakeTensorMode | None) -> None:
         super().__init__(graph, garbage_collect_values=False)
+        self.fake = fake
+        self.reals: dict[fx.Node, Any] = {}
+
+    @staticmethod
+    def of(graph: fx.GraphModule, tensors: Sequence[Tensor]) -> _Storages:
+        made = (node.meta.get("val") for node in graph.graph.nodes)
+        if sum(t.numel() * t.element_size() for t in made if isinstance(t, Tensor)) > TRIFLE:
+            # whatever an op says that knows no fake tensors: it runs on real ones
+            with contextlib.suppress(Exception), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                run = _Storages(graph, mode)
+                run.run(*map(mode.from_tensor, tensors), enable_io_processing=False)
+                return run
+        run = _Storages(graph, None)
+        with torch.no_grad():
+            run.run(*(t.clone() for t in tensors), enable_io_processing=False)
+        return run
+
+    def get_attr(self, target: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        return self.fake.from_tensor(value) if self.fake and isinstance(value, Tensor) else value
+
+    def real(self, node: fx.Node) -> Any:
+        """The value of a constant node."""
+        if self.fake is None:
+            return self.env[node]
+        if node not in self.reals:
+            like = self.env[node]
+            if node.op == "get_attr":
+                self.reals[node] = super().get_attr(str(node.target), (), {})
+            elif node.target in _OF_A_SHAPE or _is_power(node, 0):
+                fill = 1 if node.target not in _ZEROS else 0
+                self.reals[node] = torch.full(like.shape, fill, dtype=like.dtype, device=like.device)
+            else:
+                args, kwargs = (fx.map_arg(given, self.real) for given in (node.args, node.kwargs))
+                with torch.no_grad():
+                    self.reals[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return self.reals[node]
 
     def storage_of(self, node: Any) -> int | None:
         value = self.env.get(node)
@@ -222,9 +265,7 @@ class _Storages(fx.Interpreter):
 
 def _simplified(name: str, graph: fx.GraphModule, tensors: Sequence[Tensor], constants: set[int]) -> fx.GraphModule:
     """Equal operations become one, and what depends on no argument is computed here; nothing that is written to is touched."""
-    run = _Storages(graph)
-    with torch.no_grad():
-        run.run(*(t.clone() for t in tensors), enable_io_processing=False)
+    run = _Storages.of(graph, tensors)
     touched = {run.storage_of(node) for write in graph.graph.nodes for node in _written(write)}
     outside = [node for node in graph.graph.nodes if node.op in ("placeholder", "get_attr") and run.storage_of(node) in touched]
     if outside:
@@ -235,7 +276,8 @@ def _simplified(name: str, graph: fx.GraphModule, tensors: Sequence[Tensor], con
     free = [node for node in graph.graph.nodes if _is_pure(node) and run.storage_of(node) not in {*touched, None}]
     _drop_detach(free)
     _join_equal(free)
-    known = {node for node in graph.graph.nodes if node.op == "get_attr" and run.storage_of(node) in constants}
+    attributes = [node for node in graph.graph.nodes if node.op == "get_attr"]
+    known = {node for node in attributes if run.real(node).untyped_storage()._cdata in constants}
     _find_constants(graph.graph, known, run, touched)
     _drop_ones(graph, free, known, run, touched)
     _keep_constants(graph, known, run)
@@ -288,8 +330,13 @@ def _hashable(value: Any) -> Any:
 
 _EMPTY = frozenset({torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default, torch.ops.aten.empty_like.default})
 _OF_A_SHAPE = frozenset({torch.ops.aten.ones_like.default, torch.ops.aten.zeros_like.default, torch.ops.aten.new_zeros.default})
+_ZEROS = frozenset({torch.ops.aten.zeros_like.default, torch.ops.aten.new_zeros.default})
 _POWER = torch.ops.aten.pow.Tensor_Scalar
 _PRODUCTS = frozenset({torch.ops.aten.mul.Tensor, torch.ops.aten.mul.Scalar})
+
+
+def _is_power(node: fx.Node, exponent: int) -> bool:
+    return node.target is _POWER and bool(node.args[1] == exponent)
 
 
 def _find_constants(graph: fx.Graph, known: set[fx.Node], run: _Storages, touched: set[Any]) -> None:
@@ -297,7 +344,7 @@ def _find_constants(graph: fx.Graph, known: set[fx.Node], run: _Storages, touche
     for node in graph.nodes:
         if not (_is_pure(node) or node.target is operator.getitem) or not touched.isdisjoint(run.storages_of(node)):
             continue
-        of_a_shape = node.target in _OF_A_SHAPE or (node.target is _POWER and node.args[1] == 0)  # NaN to the 0 is 1 too
+        of_a_shape = node.target in _OF_A_SHAPE or _is_power(node, 0)  # NaN to the 0 is 1 too
         if of_a_shape or (node.target not in _EMPTY and all(parent in known for parent in node.all_input_nodes)):
             known.add(node)
 
@@ -306,7 +353,7 @@ def _drop_ones(graph: fx.GraphModule, free: Sequence[fx.Node], known: set[fx.Nod
     """y^1 and products of y with ones are y, to the bit; derivatives of powers are full of both."""
     kept = {run.storage_of(node) for node in _results(graph.graph)} | touched  # a result must have memory of its own
     for node in free:
-        if node.target is _POWER and node.args[1] == 1:
+        if _is_power(node, 1):
             candidates: list[Any] = [node.args[0]]
         elif node.target in _PRODUCTS:
             a, b = node.args
@@ -323,7 +370,7 @@ def _drop_ones(graph: fx.GraphModule, free: Sequence[fx.Node], known: set[fx.Nod
 
 def _is_one(factor: Any, known: set[fx.Node], run: _Storages) -> bool:
     if isinstance(factor, fx.Node):
-        return factor in known and bool((run.env[factor] == 1).all())
+        return factor in known and bool((run.real(factor) == 1).all())
     return factor == 1
 
 
@@ -338,7 +385,7 @@ def _keep_constants(graph: fx.GraphModule, known: set[fx.Node], run: _Storages) 
         if value.numel() * value.element_size() > room:
             continue
         room -= value.numel() * value.element_size()
-        graph.register_buffer(f"_kept{number}", value.contiguous(), persistent=False)
+        graph.register_buffer(f"_kept{number}", run.real(node).contiguous(), persistent=False)
         with graph.graph.inserting_before(node):
             node.replace_all_uses_with(graph.graph.get_attr(f"_kept{number}"))
         number += 1

@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functional_hess.chunking import require_room
 from functional_hess.coloring import Coloring
 from functional_hess.levels import flat_vjp, require_dependence
 from functional_hess.nesting import is_outermost
 from functional_hess.plans import DETECTED, GIVEN, HESSIAN, JACOBIAN, LOADED, WHOLE, Memo, SparsePlan, Task, leaves_of
 from functional_hess.prepared import BACKENDS
 from functional_hess.rows import Options, Problem
-from functional_hess.sparsity import Detection, SparsityError, detect_hessian, detect_jacobian
+from functional_hess.sparsity import PROOF, Detection, SparsityError, detect_hessian, detect_jacobian
 from functional_hess.structure import given_coloring, given_pattern, read_structure
 from functional_hess.transforms import Output, require_argnums
 from functional_hess.tree import tensors_of
@@ -166,6 +167,8 @@ def _planned(
     problem = task.look(args)
     shape, found, notes, symmetric = _shape_of(task, problem), None, (), verb == HESSIAN
     if pattern is None:
+        cure = "Pass pattern=, if it is known."
+        require_room(verb, "finding the pattern", PROOF * problem.seen.saved, problem.space.device, options.memory_limit, cure)
         with unchecked(), torch.no_grad():
             found = _detected(task, problem, args)
         structure, notes = found.pattern, _notes(found)

@@ -44,6 +44,7 @@ __all__ = ["Captured", "Detection", "Linear", "SparsityError", "detect_hessian",
 
 Tensors = tuple[Tensor, ...]
 Linear = Callable[[Tensors], tuple[Tensors, Callable[[Tensors], Tensors]]]
+PROOF = 12  # bytes that the watched product takes at its peak for one of the intermediate results of f
 LARGEST_FULL = 2**25  # entries of a matrix that is taken to be full
 PROGRAMS, REMEMBERED = 16, 2**20  # programs that are remembered, nonzeros of their patterns together
 

@@ -313,7 +313,9 @@ def test_a_dense_matrix_that_does_not_fit_is_refused_before_it_is_allocated():
     assert plan(x).values().numel() == 29_998
     with pytest.raises(fh.MemoryLimitError, match=r"the dense matrix needs 800.0 MB, but memory_limit is 41.9 MB"):
         plan(x, layout=torch.strided)
-    with pytest.raises(fh.MemoryLimitError, match="sparse_hessian: 3 rows need"):
+    with pytest.raises(fh.MemoryLimitError, match="sparse_hessian: 4 rows need"):
+        sparse_hessian(rosenbrock, x, memory_limit=1000, pattern="tridiagonal")
+    with pytest.raises(fh.MemoryLimitError, match=r"finding the pattern needs .* Pass pattern=, if it is known"):
         sparse_hessian(rosenbrock, x, memory_limit=1000)
 
 
