@@ -17,9 +17,11 @@ g and whatever else makes g rough. The estimate of an entry's error is the sum o
 
 The first step is that at which truncation and rounding balance for a function that varies on the scale of its argument. Where
 the estimate stays large, four times smaller steps follow, two gradients each, for functions that vary faster or end nearby,
-until one is good, or rounding must spoil the next; for each entry the three steps with the smallest estimate win.
+until one is good, or rounding must spoil the next, or f itself stands still. For each entry the three steps with the smallest
+estimate win.
 
-Nothing is known between the points of evaluation, so that a function made to deceive them can.
+Nothing is known between the points of evaluation: a part of f that goes through bfloat16 stands still for such steps, and
+beside a part that moves this goes unnoticed.
 """
 
 from __future__ import annotations
@@ -52,7 +54,6 @@ _RATIO = 4
 _WINDOW = 3
 _MOST_STEPS = 10  # the last is 4^9 = 262,144 times smaller than the first
 _GOOD = 1e-3  # of the tolerance: below it no further step is tried
-_PATIENCE = 32.0  # an estimate is believed to be off by less than this factor
 _BY_ROUNDING = 100.0  # an error up to this many times what rounding explains is none to warn of
 
 _log = logging.getLogger("functional_hess")
@@ -71,12 +72,14 @@ class Estimated:
         doubts: the estimated error of each entry; infinite where the product is not finite.
         step: the smallest step, as a multiple of v.
         noise: the part of the doubts that rounding explains.
+        still: the smallest step is none for f.
     """
 
     product: Tensors
     doubts: Tensors
     step: float
     noise: float
+    still: bool
 
     @functools.cached_property
     def size(self) -> float:
@@ -105,28 +108,32 @@ class Estimated:
     def improved(self, by: Estimated) -> Estimated:
         """Entry by entry the one with less doubt; but a slope once found does not vanish without one.
 
-        Rounding makes g a staircase, where steps small enough find no slope, and no doubt.
+        Rounding makes g a staircase, where steps small enough find no slope, and no doubt. Only a slope that was doubtful itself
+        may vanish, once a kink nearby is out of reach.
         """
         product, doubts = [], []
         for old, old_doubt, new, new_doubt in zip(self.product, self.doubts, by.product, by.doubts, strict=True):
-            vanished = old_doubt.isfinite() & (2 * new.abs() < old.abs())
-            told = torch.where(vanished, (new - old).abs() - _PATIENCE * old_doubt, 0.0)
-            doubt = torch.maximum(new_doubt, told)
+            vanished = (old_doubt < old.abs()) & (2 * new.abs() < old.abs())
+            doubt = torch.where(vanished, torch.maximum(new_doubt, (new - old).abs()), new_doubt)
             product.append(torch.where(doubt < old_doubt, new, old))
             doubts.append(torch.minimum(doubt, old_doubt))
-        both = Estimated(tuple(product), tuple(doubts), by.step, by.noise)
+        both = dataclasses.replace(by, product=tuple(product), doubts=tuple(doubts))
         return both if both.error < self.error else dataclasses.replace(both, step=self.step, noise=self.noise)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Quotient:
-    """D(h) and B(h), one tensor a column each; the largest entry of g; h, and h v as a part of the size of x."""
+    """D(h) and B(h), one tensor a column each; the largest entry of g; h, and h v as a part of the size of x.
+
+    ``still`` tells that f did not change at all between x + h v and x - h v, though g says that it should have.
+    """
 
     even: Tensors
     odd: Tensors
     size: float
     step: float
     part: float
+    still: bool = False
 
 
 class ByDifferences:
@@ -143,8 +150,9 @@ class ByDifferences:
         self.gradients, self.widened, self.told = 0, False, False
         self.worst: Estimated | None = None
         self.center: Tensors | None = None
+        self.value = 0.0
         if is_outermost() and get_proxy_mode() is None and not any(isinstance(t, FakeTensor) for t in x):
-            self.center = self._gradient(x)
+            self.value, self.center = self._gradient(x)
             self._widen()
 
     def __call__(self, v: dict[int, Tensor]) -> Tensors:
@@ -156,26 +164,28 @@ class ByDifferences:
 
     # ------------------------------------------------------------------------------------------------ the gradient
 
-    def _gradient(self, x: Tensors) -> Tensors:
+    def _gradient(self, x: Tensors) -> tuple[float, Tensors]:
+        """f where a number can be looked at, and g."""
         self.gradients += 1
         with InDouble() if self.widened else contextlib.nullcontext():
-            g = value_and_gradient(self.f, x, self.verb, self.columns)[1]
-        return tuple(t.double() for t in g)
+            (value, _), g = value_and_gradient(self.f, x, self.verb, self.columns)
+        looked_at = is_outermost() and not isinstance(value, FakeTensor) and get_proxy_mode() is None
+        return float(value.detach()) if looked_at else 0.0, tuple(t.double() for t in g)
 
     def _widen(self) -> None:
         """x in float64, if f takes it there and has the gradient that it has here."""
         if self.center is None or all(dtype == torch.float64 for dtype in self.dtypes):
             return
-        narrow, x, eps = self.center, self.x, self.eps
+        narrow, value, x, eps = self.center, self.value, self.x, self.eps
         self.x, self.widened = tuple(t.double() for t in x), True
         try:
-            self.center = self._gradient(self.x)
+            self.value, self.center = self._gradient(self.x)
         except Exception as error:
             if out_of_memory(error):
                 raise
             self.center = None
         if self.center is None or not agree(narrow, self.center, eps):
-            self.x, self.widened, self.center = x, False, narrow
+            self.x, self.widened, self.value, self.center = x, False, value, narrow
 
     @property
     def eps(self) -> float:
@@ -200,12 +210,25 @@ class ByDifferences:
         def moved(signed: Tensor) -> Tensors:
             return tuple(t + (signed * v[leaf]).to(t.dtype) if leaf in v else t for leaf, t in enumerate(self.x))
 
-        right, left = self._gradient(moved(h)), self._gradient(moved(-h))
+        (f_right, right), (f_left, left) = self._gradient(moved(h)), self._gradient(moved(-h))
         even = tuple((a - b) / (2 * h) for a, b in zip(right, left, strict=True))
         if self.center is None:
             return _Quotient(even, (), 0.0, 0.0, part)
         odd = tuple((a + b - 2 * c) / (2 * h) for a, b, c in zip(right, left, self.center, strict=True))
-        return _Quotient(even, odd, largest([*map(finite, right), *map(finite, left)]), float(h), part)
+        size = largest([*map(finite, right), *map(finite, left)])
+        return _Quotient(
+            even,
+            odd,
+            size,
+            float(h),
+            part,
+            still=f_right == f_left and self._slope(v) * float(h) > 32 * self.eps * abs(self.value),
+        )
+
+    def _slope(self, v: dict[int, Tensor]) -> float:
+        """|<g, v>|, as far as g is known."""
+        terms = [(g * v[leaf].detach()).sum() for leaf, g in zip(self.columns, self.center or (), strict=True) if leaf in v]
+        return abs(float(sum(terms)))
 
     def _best(self, quotients: Iterator[_Quotient]) -> Estimated:
         window: collections.deque[_Quotient] = collections.deque(maxlen=_WINDOW)
@@ -215,6 +238,8 @@ class ByDifferences:
             if len(window) < _WINDOW:
                 continue
             one = _estimated(window, self.eps)
+            if best and one.still:
+                break
             best = best.improved(one) if best else one
             if best.error <= _GOOD * self.rtol * best.size or best.error <= _RATIO * one.noise:
                 break
@@ -291,4 +316,4 @@ def _estimated(window: Sequence[_Quotient], eps: float) -> Estimated:
         truncation = torch.where(8 * moved > (middle - far).abs(), moved, (two - one).abs())
         jump = _constant_part([q.odd[leaf] for q in window]).abs()
         doubts.append(_infinite_at_nan(truncation + jump + noise + 0 * two))
-    return Estimated(second, tuple(doubts), last.step, noise)
+    return Estimated(second, tuple(doubts), last.step, noise, last.still)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import warnings
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 import functional_hess as fh
 from functional_hess import levels
-from functional_hess.extrapolation import ByDifferences
+from functional_hess.extrapolation import ByDifferences, _constant_part, _extrapolated
 
 DIFFERENCE = "finite-difference"
 X = numbers(6)
@@ -116,6 +117,7 @@ TRIALS: dict[str, Trial] = {
     "float32 alone": only_single(lambda x: (x.sin() * x.exp()).sum() ** 2),
     "float32 alone, quartic": only_single(lambda x: (x**4).sum()),
     "float32 inside": Trial(lambda x: (x.float() ** 3).sum().double(), relative=1e-3, exact=lambda x: (x**3).sum()),
+    "float16 inside": Trial(lambda x: (x.half() ** 3).sum().double(), relative=1.0, exact=lambda x: (x**3).sum()),
     "bfloat16": Trial(lambda x: (x**3).sum(), torch.bfloat16, 1e-2),
 }
 
@@ -139,10 +141,25 @@ def test_the_true_error_is_below_ten_times_the_estimate_and_the_estimate_is_no_e
     assert linear.worst.relative <= TRIALS[name].relative
 
 
-def test_on_a_staircase_of_rounding_no_vanishing_slope_is_believed() -> None:
-    """1 - s(1 - s) near s = 1 is rounded to multiples of 1e-16, which small steps do not see."""
-    error, linear = estimated(TRIALS["a steep step"], RANDOM)
-    assert error <= linear.worst.error if linear.worst else False
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_on_a_staircase_of_rounding_no_vanishing_slope_is_believed(dtype: torch.dtype) -> None:
+    """Steps of 1e-5 move no number of half precision: differences are 0 and agree."""
+    whole = Trial(lambda x: (x.to(dtype) ** 3).sum().double(), exact=lambda x: (x**3).sum())
+    partly = Trial(lambda x: (x[1:] ** 3).sum() + x[0].to(dtype).double() ** 3, exact=lambda x: (x**3).sum())
+    trials = (whole, partly) if dtype == torch.float16 else (whole,)  # steps of bfloat16 are wider than those taken
+    for trial, v in itertools.product(trials, (RANDOM, FIRST, RANDOM.flip(0))):
+        error, linear = estimated(trial, v)
+        assert linear.worst is not None
+        assert error <= 10 * linear.worst.error and linear.worst.excess(linear.rtol) > 1
+
+
+def test_three_steps_eliminate_two_powers() -> None:
+    """Exactly, so that large steps are as good as small ones: D(h) for g = x^6 at 1, and what a kink leaves."""
+    h = torch.tensor([1.0, 1 / 4, 1 / 16], dtype=torch.float64)
+    D = ((1 + h) ** 6 - (1 - h) ** 6) / (2 * h)
+    _, second = _extrapolated([(d,) for d in D])
+    assert abs(float(second[0]) - 6) < 1e-12
+    assert abs(float(_constant_part([0.5 + 3 * t + 7 * t**3 for t in h])) - 0.5) < 1e-12
 
 
 @pytest.mark.filterwarnings("ignore::functional_hess.LowPrecisionWarning")
