@@ -109,11 +109,11 @@ class Estimated:
         """Entry by entry the one with less doubt; but a slope once found does not vanish without one.
 
         Rounding makes g a staircase, where steps small enough find no slope, and no doubt. Only a slope that was doubtful itself
-        may vanish, once a kink nearby is out of reach.
+        may vanish, where a kink nearby is out of reach at last.
         """
         product, doubts = [], []
         for old, old_doubt, new, new_doubt in zip(self.product, self.doubts, by.product, by.doubts, strict=True):
-            vanished = (old_doubt < old.abs()) & (2 * new.abs() < old.abs())
+            vanished = (old_doubt < old.abs()) & (new.abs() <= new_doubt)
             doubt = torch.where(vanished, torch.maximum(new_doubt, (new - old).abs()), new_doubt)
             product.append(torch.where(doubt < old_doubt, new, old))
             doubts.append(torch.minimum(doubt, old_doubt))

@@ -189,6 +189,24 @@ def test_float32_is_better_than_by_its_own_derivatives() -> None:
     assert relative_error(by_differences, truth) < 6e-8 < relative_error(by_derivatives, truth)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_rectified_networks_whose_kinks_are_all_around_give_no_alarm(dtype: torch.dtype) -> None:
+    for seed in range(8):
+        narrow, wide = (
+            network(
+                lambda: nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 1)),
+                numbers(200, 6, seed=seed).to(dtype).double(),
+                loss=lambda out: out.square().mean(),
+                dtype=kind,
+            )
+            for kind in (dtype, torch.float64)
+        )
+        v = {name: numbers(*t.shape, seed=seed).to(dtype) for name, t in narrow.x.items()}
+        x64, v64 = ({name: t.double() for name, t in tree.items()} for tree in (narrow.x, v))
+        truth = fh.hvp(wide.f, x64, v64, mode="double-backward")
+        assert relative_error(fh.hvp(narrow.f, narrow.x, v, mode=DIFFERENCE), truth) < max(1e-8, torch.finfo(dtype).eps)
+
+
 def test_a_function_of_another_precision_is_evaluated_in_its_own() -> None:
     """What it returns in float64 is not its value: it has no say."""
     x = X.float()
