@@ -104,6 +104,7 @@ def hessian(
         argnums: the argument to differentiate; a tuple gives tuples of tuples of blocks.
         has_aux: the result is ``(H, aux)``.
         mode: ``"auto"``, one of ``functional_hess.products.MODES``, or ``"fastest"``: one chunk of each, then the winner.
+            ``"finite-difference"`` takes 6 gradients a row or more, in a loop, and warns as :func:`~functional_hess.hvp` does.
         chunk_size: rows at a time: ``"auto"`` (bounded memory), an int, or ``None`` for all at once.
         memory_limit: bytes, or ``"4GiB"``; by default 60 % of what is available. ``out`` does not count towards it.
         symmetric: compute each pair of leaves once and mirror it. ``False`` for a function whose custom derivative rules make H

@@ -245,6 +245,57 @@ def test_a_singular_point_is_right_or_not_a_number_or_as_documented(name: str, c
     assert allowed(CALLS[call](of.f, of.x), of)
 
 
+# The page in the docstring of hvp: what it says, and the points that show it ---------------------------------------------
+
+PAGE: dict[str, dict[str, tuple[str, ...]]] = {
+    "the right number": {
+        "``prod``": ("product with one zero", "product with two zeros", "product with three zeros"),
+        "powers": ("x^2 at 0", "x^2.5 at 0", "x to a tensor at 0", "float_power at 0"),
+        "``sinc``": ("sinc at 0", "sinc beside 0"),
+        "``xlogy``": ("xlogy where x is 0",),
+        "determinants of rank n - 1": ("determinant of rank n - 1",),
+        "``var`` of equal numbers": ("variance of equal numbers",),
+        "``logsumexp``": ("logsumexp with -inf", "logcumsumexp after -inf"),
+        "``softmax``": ("masked softmax", "masked log_softmax"),
+        "divisor is masked too": ("division masked twice",),
+    },
+    "NaN or an infinity": {
+        "the norm of 0": ("norm", "square of a norm"),
+        "``std`` of equal numbers": ("deviation", "square of a deviation"),
+        "``sqrt``": ("root", "root of a square"),
+        "``log`` of 0": ("log", "x log x"),
+        "``atan2`` at the origin": ("atan2 at the origin",),
+        "equal eigenvalues": ("squares of equal eigenvalues",),
+        "singular values": ("squares of equal singular values",),
+        "determinants of lower": ("determinant of rank n - 2", "determinant of rank 0"),
+        "masked afterwards": ("division masked once",),
+    },
+    "the Hessian of one piece": {
+        "``relu``": ("square of relu",),
+        "``clamp``": ("square of clamp at both edges",),
+        "sorting": ("sorted equals",),
+        "``max``": ("square of the largest of two",),
+        "``min``": ("square of the smallest of two",),
+        "``median``": ("square of a median of two",),
+        "``abs``": ("abs", "square of abs"),
+        "``cdist``": ("square of cdist",),
+        "``pdist``": ("square of pdist",),
+        "``x.abs() ** 2`` gives 0": ("square of abs",),
+    },
+}
+TOLD = {"the right number": (RIGHT,), "NaN or an infinity": (RIGHT_OR_NAN, NONE), "the Hessian of one piece": (KINKS, UNSEEN)}
+
+
+@pytest.mark.parametrize("section", PAGE)
+def test_the_page_in_the_docstring_of_hvp_is_that_of_the_table(section: str) -> None:
+    page = " ".join((fh.hvp.__doc__ or "").split())
+    start = page.index(f"* *{section}*")
+    part = page[start : page.find(" * *", start + 1) if " * *" in page[start + 1 :] else None]
+    for phrase, names in PAGE[section].items():
+        assert phrase in part
+        assert all(any(name in group for group in TOLD[section]) for name in names), names
+
+
 def test_the_table_is_large_and_distinct() -> None:
     assert len(POINTS) >= 60 and len(POINTS) == sum(map(len, (RIGHT, RIGHT_OR_NAN, NONE, KINKS, UNSEEN)))
 

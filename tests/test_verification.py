@@ -361,7 +361,10 @@ def test_a_result_that_is_a_little_wrong_on_one_leaf_is_caught_and_the_leaf_name
     for module in (products, rows):
         monkeypatch.setattr(module, "product_at", off(leaf)(module.product_at))
     named = "first", "second", "third"
-    with pytest.raises(LawError, match=r"(H v|H w) along .* at x\['\w+'\] got") as raised, fh.checked() as record:
+    with (
+        pytest.raises(LawError, match=r"(H v|H w) along .* at x\['\w+'\] got .*; the largest disagreement there is \d") as raised,
+        fh.checked() as record,
+    ):
         verb(smooth, TREE, mode=REVERSE)
     assert record.calls[0].status == "wrong"
     if verb in (VERBS["hvp"], VERBS["grad_and_hvp"]):  # what one leaf of a row shows elsewhere is in the columns
