@@ -31,8 +31,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from functional_hess.nesting import derivative_levels, innermost, is_outermost, is_tracked, moves, requires_grad_outside
-from functional_hess.repairs import FIRST_ORDER_REPAIRS, REPAIRS
+from functional_hess.nesting import (
+    derivative_levels,
+    innermost,
+    is_mapped,
+    is_outermost,
+    is_tracked,
+    moves,
+    requires_grad_outside,
+)
+from functional_hess.repairs import FIRST_ORDER_REPAIRS, MAPPED_REPAIRS, REPAIRS
 from functional_hess.tree import Space, tensors_of
 
 __all__ = [
@@ -92,7 +100,10 @@ class _Repairs(TorchFunctionMode):
         levels = derivative_levels()
         if self.always or len(levels) >= 2 or "forward" in levels:
             return True
-        return bool(levels) and (func in FIRST_ORDER_REPAIRS or requires_grad_outside((*args, *kwargs.values())))
+        if not levels:
+            return False
+        mapped = func in MAPPED_REPAIRS and is_mapped()
+        return mapped or func in FIRST_ORDER_REPAIRS or requires_grad_outside((*args, *kwargs.values()))
 
 
 @contextlib.contextmanager

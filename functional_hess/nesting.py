@@ -18,12 +18,14 @@ from torch.autograd import forward_ad
 
 __all__ = [
     "at_depth",
+    "constant",
     "constant_of_innermost",
     "depth",
     "derivative_levels",
     "derived_from",
     "eagerly",
     "innermost",
+    "is_mapped",
     "is_mapped_here",
     "is_outermost",
     "is_tracked",
@@ -65,6 +67,17 @@ def constant_of_innermost(t: Tensor) -> Tensor | None:
     """``t`` as a constant of the innermost level of differentiation, mapped as it is; ``None`` where there is no such level."""
     levels = [level.level() for level in _functorch.get_interpreter_stack() or () if level.key() in (_Kind.Grad, _Kind.Jvp)]
     return _without(t, levels[-1]) if levels else None
+
+
+def constant(t: Tensor) -> Tensor:
+    """``t`` as a constant of every level of differentiation and of plain autograd, mapped as it is.
+
+    ``t.detach()`` is none: the innermost level of forward mode moves it.
+    """
+    for level in reversed(_functorch.get_interpreter_stack() or ()):
+        if level.key() in (_Kind.Grad, _Kind.Jvp):
+            t = _without(t, level.level())
+    return t.detach()
 
 
 def _without(t: Tensor, level: int) -> Tensor:
@@ -141,6 +154,11 @@ def is_wrapped(t: Tensor, depth: int) -> bool:
 def moves(outputs: Sequence[Tensor]) -> list[bool]:
     """Which outputs have a tangent at the current forward level."""
     return [forward_ad.unpack_dual(t).tangent is not None for t in outputs]
+
+
+def is_mapped() -> bool:
+    """Whether a ``vmap``, ours or torch.func's, is active."""
+    return any(level.key() == _Kind.Vmap for level in _functorch.get_interpreter_stack() or ())
 
 
 def is_mapped_here(t: Tensor) -> bool:

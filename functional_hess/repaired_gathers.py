@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functional_hess.repaired_singular import product
+
 __all__ = ["GATHERS"]
 
 
@@ -63,7 +65,7 @@ def _scatter_reduce(input: Tensor, dim: int, index: Tensor, src: Tensor, reduce:
         index.movedim(dim, -1).unsqueeze(-2),
     )
     hit = place == torch.arange(input.shape[dim], device=input.device).unsqueeze(-1)
-    factor = torch.where(hit, source, 1.0).prod(-1).movedim(-1, dim)
+    factor = (product(torch.where(hit, source, 1.0)) if source.shape[-1] else hit.all(-1).to(src)).movedim(-1, dim)
     touched = hit.any(-1).movedim(-1, dim)
     for d in range(input.dim()):  # beyond the index nothing is scattered
         rest = (*factor.shape[:d], input.shape[d] - factor.shape[d], *factor.shape[d + 1 :])

@@ -1,17 +1,9 @@
-"""Operators that torch differentiates right but at single points, where it gives a clean number that is wrong.
+"""Operators that torch differentiates right but at single points, where it gives a clean number that is wrong, or none.
 
-The 2-norm and the standard deviation have a slope everywhere but at 0, where torch takes the slope 0. A chain rule through
-that slope,
-
-    d^2 phi(|z|) = phi''(|z|) (d|z|)^2 + phi'(|z|) d^2|z|,
-
-then gives 0 at z = 0 where |z|^2 has the Hessian 2 I, and forward over reverse gives it without a word. Here the slope at 0 is 0
-for the innermost derivative, so that gradients are torch's, and NaN for those around it: a second derivative that needs it is NaN
-in every mode, and one that does not (a norm below the floor of a `clamp`) is as it was.
-
-`sinc` is analytic at 0, where the quotient sin(pi x) / (pi x) loses its derivatives to rounding: its series has them all.
-`logcumsumexp` has a forward-mode rule that is wrong after an entry of -inf: sums of pairs, over spans twice as long at each
-step, do without.
+Products have polynomials for derivatives, also where factors are 0; torch divides by the factors, which reverse over forward mode
+cannot undo. `sinc` is analytic at 0, where the quotient sin(pi x) / (pi x) loses its derivatives to rounding: its series has
+them all. `logcumsumexp` has a forward-mode rule that is wrong after an entry of -inf. Here products and sums are those of pairs,
+then of pairs of pairs, and so on.
 
     SINGULAR : the name of an aten operator -> its composition, by the contract of :mod:`functional_hess.repairs`
 """
@@ -19,108 +11,16 @@ step, do without.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from functional_hess.nesting import constant_of_innermost
+__all__ = ["SINGULAR", "product"]
 
-__all__ = ["SINGULAR"]
-
-_Dim = Any  # int, several or None
 _TERMS = tuple((-1) ** k / math.factorial(2 * k + 1) for k in range(11))  # of sin(u) / u in u^2, enough for |u| < 2
-
-
-def _without_slope_at_zero(root: Tensor, z: Tensor, dim: _Dim, keepdim: bool) -> Tensor:
-    """``root``, the root of a sum of z^2 over ``dim``, whose slope at z = 0 is NaN at all levels but the innermost."""
-    constant = constant_of_innermost(z)
-    if constant is None:
-        return root
-    z, zero = constant, root == 0
-    total = (z * z).sum(dim, keepdim=keepdim).to(root.dtype)
-    return root + torch.where(zero, torch.where(zero, total, 1.0).sqrt(), 0.0)
-
-
-def _vector_norm(x: Tensor, ord: Any = 2, dim: _Dim = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
-    """(sum x^2)^(1/2)."""
-    if ord != 2 or not x.is_floating_point():
-        return NotImplemented
-    norm = torch.linalg.vector_norm(x, ord, dim, keepdim, dtype=dtype)
-    return _without_slope_at_zero(norm, x, dim, keepdim)
-
-
-def _norm(A: Tensor, ord: Any = None, dim: _Dim = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
-    """The 2-norm of what `torch.linalg.norm` takes for a vector, and the Frobenius norm of a matrix."""
-    vector = A.dim() == 1 if dim is None else isinstance(dim, int) or len(dim) == 1
-    euclidean = ord is None or (ord == 2 and vector) or (ord == "fro" and not vector)
-    if not euclidean or not A.is_floating_point():
-        return NotImplemented
-    norm = torch.linalg.norm(A, ord, dim, keepdim, dtype=dtype)
-    return _without_slope_at_zero(norm, A, dim, keepdim)
-
-
-def _matrix_norm(
-    A: Tensor, ord: Any = "fro", dim: Sequence[int] = (-2, -1), keepdim: bool = False, *, dtype: torch.dtype | None = None
-) -> Any:
-    """The Frobenius norm."""
-    if ord != "fro" or not A.is_floating_point():
-        return NotImplemented
-    norm = torch.linalg.matrix_norm(A, ord, dim, keepdim, dtype=dtype)
-    return _without_slope_at_zero(norm, A, dim, keepdim)
-
-
-def _dist(input: Tensor, other: Tensor, p: Any = 2) -> Any:
-    """|x - y|."""
-    if p != 2 or not input.is_floating_point():
-        return NotImplemented
-    return _without_slope_at_zero(torch.dist(input, other, p), input - other, None, False)
-
-
-def _pairwise_distance(x1: Tensor, x2: Tensor, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False) -> Any:
-    """|x - y + eps| along the last dimension."""
-    if p != 2 or not x1.is_floating_point():
-        return NotImplemented
-    distance = torch.pairwise_distance(x1, x2, p, eps, keepdim)
-    return _without_slope_at_zero(distance, x1 - x2 + eps, -1, keepdim)
-
-
-def _std(
-    input: Tensor,
-    dim: Any = None,
-    unbiased: bool | None = None,
-    keepdim: bool = False,
-    *,
-    correction: float | None = None,
-) -> Any:
-    """(sum (x - m)^2 / (n - correction))^(1/2)."""
-    answer = _std_mean(input, dim, unbiased, keepdim, correction=correction)
-    return answer if answer is NotImplemented else answer[0]
-
-
-def _std_mean(
-    input: Tensor,
-    dim: Any = None,
-    unbiased: bool | None = None,
-    keepdim: bool = False,
-    *,
-    correction: float | None = None,
-) -> Any:
-    """The same and the mean m."""
-    if not input.is_floating_point():
-        return NotImplemented
-    if isinstance(dim, bool):  # std(x, unbiased)
-        dim, unbiased = None, dim
-    if unbiased is not None:
-        correction = float(unbiased)
-    mean = input.mean(dim, keepdim=True) if dim is not None else input.mean()
-    centered = input - mean
-    count = input.numel() // max(mean.numel(), 1) - (1.0 if correction is None else correction)
-    spread = torch.linalg.vector_norm(centered, 2, dim, keepdim) / math.sqrt(max(count, 0.0))
-    mean = mean if keepdim or dim is None else mean.squeeze(dim)
-    return _without_slope_at_zero(spread, centered, dim, keepdim), mean
 
 
 def _sinc(input: Tensor) -> Any:
@@ -136,15 +36,45 @@ def _sinc(input: Tensor) -> Any:
     return torch.where(near, series, far.sin() / far)
 
 
-def _logcumsumexp(input: Tensor, dim: int) -> Any:
-    """log of the sums of exp(x_j) over j <= i, by pairs: y_i <- log(exp(y_i) + exp(y_(i-s))) for s = 1, 2, 4, ..."""
-    if not input.is_floating_point() or not input.dim():
+def _prod(input: Tensor, dim: int | None = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
+    """x_1 ... x_n, the halves multiplied entry by entry until one is left: reverse over forward mode is NaN where x_i = 0."""
+    x = input if dtype is None else input.to(dtype)
+    if not (x.is_floating_point() or x.is_complex()) or not (dim is None or isinstance(dim, int)):
         return NotImplemented
-    n, step, y = input.shape[dim], 1, input
+    x = x.reshape(-1) if dim is None or not x.dim() else x.movedim(dim, -1)
+    if not x.shape[-1]:
+        return NotImplemented
+    y = product(x)
+    return y if dim is None or not keepdim or not input.dim() else y.unsqueeze(dim)
+
+
+def product(x: Tensor) -> Tensor:
+    """x_1 ... x_n along the last dimension, which is not empty."""
+    while (n := x.shape[-1]) > 1:
+        x = torch.cat([x[..., : n // 2] * x[..., n // 2 : n // 2 * 2], x[..., n // 2 * 2 :]], -1)
+    return x.squeeze(-1)
+
+
+def _cumprod(input: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Any:
+    """The products of x_j over j <= i: as `_prod`."""
+    x = input if dtype is None else input.to(dtype)
+    return _scan(torch.mul, x, dim) if x.is_floating_point() or x.is_complex() else NotImplemented
+
+
+def _logcumsumexp(input: Tensor, dim: int) -> Any:
+    """log of the sums of exp(x_j) over j <= i."""
+    return _scan(_log_of_sum, input, dim) if input.is_floating_point() else NotImplemented
+
+
+def _scan(combine: Callable[[Tensor, Tensor], Tensor], x: Tensor, dim: int) -> Any:
+    """What an associative operation makes of x_1 ... x_i for each i: y_i <- y_i * y_(i-s) for s = 1, 2, 4, ..."""
+    if not isinstance(dim, int) or not x.dim():
+        return NotImplemented
+    n, step = x.shape[dim], 1
     while step < n:
-        longer = _log_of_sum(y.narrow(dim, step, n - step), y.narrow(dim, 0, n - step))
-        y, step = torch.cat([y.narrow(dim, 0, step), longer], dim), 2 * step
-    return y
+        longer = combine(x.narrow(dim, step, n - step), x.narrow(dim, 0, n - step))
+        x, step = torch.cat([x.narrow(dim, 0, step), longer], dim), 2 * step
+    return x
 
 
 def _log_of_sum(a: Tensor, b: Tensor) -> Tensor:
@@ -157,13 +87,8 @@ def _log_of_sum(a: Tensor, b: Tensor) -> Tensor:
 
 SINGULAR: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
-        "linalg_vector_norm": _vector_norm,
-        "linalg_norm": _norm,
-        "linalg_matrix_norm": _matrix_norm,
-        "dist": _dist,
-        "pairwise_distance": _pairwise_distance,
-        "std": _std,
-        "std_mean": _std_mean,
+        "prod": _prod,
+        "cumprod": _cumprod,
         "sinc": _sinc,
         "logcumsumexp": _logcumsumexp,
     }

@@ -12,10 +12,12 @@ modules, a floor below (DESIGN 2 has one module for all of this; it would hold s
 
     REPAIRS : the function that torch hands to ``__torch_function__`` of a mode -> one with the same signature
     FIRST_ORDER_REPAIRS : its keys that need the composition even for one gradient
+    MAPPED_REPAIRS : its keys that need it for one gradient where a `vmap` is active
 
 In forward mode most of these operators have no rule, and three a wrong one (`cholesky_inverse`, `triangular_solve`,
 products of `scatter_reduce`), at first order already: a transform should swap as soon as one level of forward mode is
-active, or two of any.
+active, or two of any. Wrong far more often is reverse over forward mode, which the gradient of a product
+H v passes through: a forward-mode rule takes what its operator has saved, such as the factors of a matrix, for a constant.
 
 The contract of a composition: it takes its arguments in the order of the aten schema, has the operator's value (up to
 rounding), dtype and side effects, and works under any nesting of `vmap`, `grad`, `jvp` and `vjp`. Two rules keep that
@@ -33,6 +35,7 @@ need the memory that their kernels are there to save.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from types import FunctionType, MappingProxyType
 from typing import Any
@@ -50,7 +53,7 @@ from functional_hess.repaired_norms import NORMS
 from functional_hess.repaired_sequences import SEQUENCES
 from functional_hess.repaired_singular import SINGULAR
 
-__all__ = ["REPAIRS", "FIRST_ORDER_REPAIRS"]
+__all__ = ["REPAIRS", "FIRST_ORDER_REPAIRS", "MAPPED_REPAIRS"]
 
 _repairs: dict[Callable[..., Any], Callable[..., Any]] = {}
 REPAIRS: Mapping[Callable[..., Any], Callable[..., Any]] = MappingProxyType(_repairs)
@@ -65,7 +68,9 @@ _HOMES = (torch, _C._nn, _C._VariableFunctions, _C._linalg, torch.linalg, torch.
 def _entry_points(name: str) -> Iterator[Callable[..., Any]]:
     """Every object by which a Python caller reaches the kernel `name`, ``out=`` overloads excepted."""
     for home in _HOMES:
-        entry = getattr(home, name.removeprefix("linalg_") if home in (torch.linalg, torch.Tensor) else name, None)
+        if home is torch.linalg and not name.startswith("linalg_"):
+            continue
+        entry = getattr(home, name.removeprefix("linalg_") if home is torch.linalg else name, None)
         if callable(entry) and not isinstance(entry, FunctionType):
             yield entry
     packet = getattr(torch.ops.aten, name, None)
@@ -79,11 +84,16 @@ def _entry_points(name: str) -> Iterator[Callable[..., Any]]:
 def _compose_or_decline(composition: Callable[..., Any], op: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """The composition's answer, or the operator's own where the composition declines."""
     if kwargs.get("out") is None and all(type(a) is not Tensor or a.layout is torch.strided for a in args):
-        renamed = {"input" if name == "self" else name: value for name, value in kwargs.items() if name != "out"}
-        answer = composition(*args, **renamed)
+        answer = composition(*args, **_renamed(composition, {k: v for k, v in kwargs.items() if k != "out"}))
         if answer is not NotImplemented:
             return answer
     return op(*args, **kwargs)
+
+
+def _renamed(composition: Callable[..., Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments by name, the first by the name that it has here: it has several in torch."""
+    own = list(inspect.signature(composition).parameters) if kwargs else []
+    return {own[0] if name not in own and name in ("self", "input", "A", "x") else name: kwargs[name] for name in kwargs}
 
 
 class _SwapKernels(TorchFunctionMode):
@@ -121,11 +131,22 @@ def _in_place(composition: Callable[..., Any]) -> Callable[..., Any]:
 
 # The table.
 
-_IN_PLACE = ("hardsigmoid", "ldexp", "sinc", "scatter_reduce", "index_reduce")
-_FIRST_ORDER = ("select_scatter", "_pack_padded_sequence", "cholesky_inverse", "cholesky_solve")
+_IN_PLACE = ("hardsigmoid", "cumprod", "ldexp", "sinc", "scatter_reduce", "index_reduce")
+_FIRST_ORDER = (
+    "linalg_solve",
+    "linalg_solve_ex",
+    "linalg_lu_solve",
+    "lu_solve",
+    "linalg_tensorsolve",
+    "select_scatter",
+    "_pack_padded_sequence",
+    "cholesky_inverse",
+    "cholesky_solve",
+)
+_MAPPED = ("det", "linalg_det", "slogdet", "linalg_slogdet", "logdet", "lstm", "gru", "rnn_tanh", "rnn_relu")
 _FRONTS: tuple[Any, ...] = (  # torch's own code around the kernels above
     *(F.mse_loss, F.huber_loss, F.soft_margin_loss, F.multi_margin_loss, F.multilabel_margin_loss, F.hardsigmoid, F.glu),
-    *(torch.functional.norm, torch.Tensor.norm),
+    *(torch.functional.norm, torch.Tensor.norm, F.normalize, torch.functional.chain_matmul),
     *(F.layer_norm, F.batch_norm, F.instance_norm, F.embedding_bag, F.multi_head_attention_forward, torch.functional.cdist),
 )
 
@@ -142,3 +163,6 @@ def _table() -> Iterator[tuple[Callable[..., Any], Callable[..., Any]]]:
 
 _repairs.update(_table())
 FIRST_ORDER_REPAIRS: frozenset[Callable[..., Any]] = frozenset(op for name in _FIRST_ORDER for op in _entry_points(name))
+MAPPED_REPAIRS: frozenset[Callable[..., Any]] = frozenset(op for name in _MAPPED for op in _entry_points(name)) | {
+    torch.functional.chain_matmul
+}

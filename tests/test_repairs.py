@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -25,7 +26,10 @@ from functional_hess.repairs import FIRST_ORDER_REPAIRS, REPAIRS
 
 pytestmark = [  # what some of the operators say of themselves
     pytest.mark.filterwarnings("ignore:index_reduce.. is in beta:UserWarning"),
-    pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated:UserWarning"),
+    *(
+        pytest.mark.filterwarnings(f"ignore:torch.{name} is deprecated:UserWarning")
+        for name in ("triangular_solve", "lu_solve", "cholesky", "chain_matmul")
+    ),
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning"),
     pytest.mark.filterwarnings("ignore:There is a performance drop.*glu:UserWarning"),
 ]
@@ -119,6 +123,7 @@ def packed(net: nn.Module, lengths: list[int]) -> Callable[..., Any]:
 
 NORMS = {"hessian": "wrong", "third": "wrong"}
 FORWARD_RAISES = {"forward over reverse": "raises"}
+IN_PLACE = {"third": "raises"}
 NO_SECOND = {"forward over reverse": "raises", "reverse over reverse": "raises"}
 (TARGET,) = tensors((4, 3), seed=5)
 SIGNS = TARGET.sign()
@@ -126,6 +131,12 @@ LABELS = torch.tensor([0, 2, 1, 1])
 BAG, OFFSETS = torch.tensor([0, 2, 1, 1, 3, 0]), torch.tensor([0, 2, 2, 5])
 PLACE = torch.tensor([[0, 1], [1, 1], [0, 0]])
 EYE = 2 * torch.eye(3, dtype=torch.float64)
+FOUR = 3 * torch.eye(4, dtype=torch.float64)
+RANK_THREE = (
+    torch.diag(torch.tensor([0.0, 0.0, 1.0, 2.0, -3.0], dtype=torch.float64)) - tensors((5, 5), seed=1)[0]
+)  # plus the point
+FIRST_AT_ZERO = tensors((4,), seed=1)[0] * torch.tensor([1.0, 0.0, 0.0, 0.0])  # to be taken from the point
+TWO_AT_ZERO = tensors((4,), seed=1)[0] * torch.tensor([1.0, 0.0, 1.0, 0.0])
 BOOL_MASK = torch.tensor([[True, False, True], [False, False, False]])
 FLOAT_MASK = torch.tensor([[0.0, 0.3, float("-inf")], [1.0, 0.0, -0.5]], dtype=torch.float64)
 HEADS = ((1, 2, 2, 2), (1, 2, 3, 2), (1, 2, 3, 2))
@@ -267,6 +278,66 @@ CASES = [
         {"third": "wrong"},
     ),
     Case("solve of a vector", lambda x, b: torch.linalg.solve(x + 2 * EYE.to(x), b), ((3, 3), (3,)), {"third": "wrong"}),
+    Case(
+        "solve of complex numbers",
+        lambda x, b: torch.view_as_real(torch.linalg.solve(torch.complex(x, x.mT) + 2 * EYE.to(x), torch.complex(b, b**2))),
+        ((3, 3), (3, 1)),
+        {"third": "wrong"},
+    ),
+    Case("solve_ex", lambda x, b: torch.linalg.solve_ex(x + 2 * EYE.to(x), b)[0], ((3, 3), (3, 2)), {"third": "wrong"}),
+    Case(
+        "tensorsolve",
+        lambda x, b: torch.linalg.tensorsolve((x + FOUR.to(x)).reshape(2, 2, 4), b),
+        ((4, 4), (2, 2)),
+        {"third": "wrong"},
+    ),
+    *(
+        Case(
+            f"lu_solve {left=} {adjoint=}",
+            lambda x, b, o={"left": left, "adjoint": adjoint}: torch.linalg.lu_solve(
+                *torch.linalg.lu_factor(x + 2 * EYE.to(x)), b, **o
+            ),
+            ((3, 3), (3, 2) if left else (2, 3)),
+        )
+        for left in (True, False)
+        for adjoint in (True, False)
+    ),
+    Case("lu_solve by its old name", lambda x, b: b.lu_solve(*torch.linalg.lu_factor(x + EYE.to(x))), ((3, 3), (3, 1))),
+    Case("det", lambda x: torch.linalg.det(0.3 * x + EYE.to(x)), ((3, 3),), {"third": "wrong"}),
+    Case("det of one and of two rows", lambda x, y: (torch.det(x), y.det()), ((1, 1), (2, 2)), {"third": "wrong"}),
+    Case("det of four rows", lambda x: torch.det((x + FOUR.to(x)) / 3), ((4, 4),), {"third": "wrong"}),
+    Case(
+        "det of complex numbers",
+        lambda x: torch.view_as_real(torch.linalg.det(torch.complex(x, x.mT) / 3 + FOUR.to(x) / 3)),
+        ((4, 4),),
+        {"third": "wrong"},
+    ),
+    Case(
+        "slogdet of complex numbers",
+        lambda x: [torch.view_as_real(t + 0j) for t in torch.linalg.slogdet(torch.complex(x, x.mT) + 2 * EYE.to(x))],
+        ((3, 3),),
+        {"third": "wrong"},
+    ),
+    Case("householder_product", torch.linalg.householder_product, ((4, 2), (2,)), {"third": "wrong"}),
+    Case("orgqr", torch.orgqr, ((3, 3), (2,)), {"third": "wrong"}),
+    *(
+        Case(
+            f"ormqr {left=} {transpose=}",
+            lambda x, t, c, left=left, transpose=transpose: torch.ormqr(x, t, c, left, transpose),
+            ((3, 2), (2,), (3, 1) if left else (1, 3)),
+            FORWARD_RAISES,
+        )
+        for left in (True, False)
+        for transpose in (True, False)
+    ),
+    Case("cholesky by its old name", lambda x: torch.cholesky(x @ x.mT + EYE.to(x)), ((3, 3),), FORWARD_RAISES),
+    Case("upper cholesky", lambda x: torch.linalg.cholesky(x @ x.mT + EYE.to(x), upper=True), ((3, 3),)),
+    Case("cholesky_ex", lambda x: torch.linalg.cholesky_ex(x @ x.mT + EYE.to(x))[0], ((2, 3, 3),)),
+    Case("eigh", lambda x: [t**2 for t in torch.linalg.eigh(x + x.mT)], ((3, 3),)),
+    Case("eigvalsh", lambda x: torch.linalg.eigvalsh(x + x.mT, "U"), ((3, 3),)),
+    Case("eig", lambda x: [t.abs() for t in torch.linalg.eig(x)], ((3, 3),)),
+    Case("eigvals", lambda x: torch.view_as_real(torch.linalg.eigvals(x)), ((3, 3),)),
+    Case("chain_matmul", lambda x, y, z: torch.chain_matmul(x, y, z), ((2, 3), (3, 2), (2, 1))),
     Case("slogdet", lambda x: torch.linalg.slogdet(x + 2 * EYE.to(x)), ((3, 3),), {"third": "wrong"}),
     Case("logdet", lambda x: torch.logdet(x + 2 * EYE.to(x)), ((3, 3),), {"third": "wrong"}),
     Case("cdist", torch.cdist, ((3, 2), (2, 2)), NO_SECOND),
@@ -281,6 +352,26 @@ CASES = [
         for p in (1.0, 1.5, 3.0, 4.0, float("inf"))
     ),
     Case("pdist", F.pdist, ((4, 2),), NO_SECOND),
+    *(
+        Case(f"vector_norm with p={p}", lambda x, p=p: torch.linalg.vector_norm(x, p, 1), ((3, 2),), IN_PLACE if p > 1 else {})
+        for p in (0.5, 1.5, 2, 3, 4)
+    ),
+    Case("vector_norm with p=inf", lambda x: torch.linalg.vector_norm(x, torch.inf, keepdim=True) ** 2, ((3, 2),)),
+    Case("norm of everything", lambda x: torch.linalg.norm(x), ((2, 2, 2),), IN_PLACE),
+    Case("norm of rows", lambda x: x.norm(3, 0), ((3, 2),), IN_PLACE),
+    Case("Frobenius norm", lambda x: torch.linalg.matrix_norm(x, keepdim=True), ((2, 3, 2),), IN_PLACE),
+    Case("norm of complex numbers", lambda x, y: torch.linalg.vector_norm(torch.complex(x, y)), ((3,), (3,)), IN_PLACE),
+    Case("normalize", lambda x: F.normalize(x, 3.0), ((3, 2),), IN_PLACE),
+    Case("dist", lambda x, y: torch.dist(x, y, 2), ((3, 2), (3, 2)), IN_PLACE),
+    Case("pairwise_distance", lambda x, y: F.pairwise_distance(x, y, 3.0), ((3, 2), (2,)), IN_PLACE),
+    Case("std", lambda x: x.std(1, correction=0), ((2, 3),)),
+    Case("std_mean", lambda x: torch.std_mean(x, (0, 1), keepdim=True), ((2, 3),)),
+    Case("prod", lambda x: (x.prod(), x.prod(1), x.prod(0, keepdim=True)), ((3, 3),)),
+    Case("prod with a zero", lambda x: (x - FIRST_AT_ZERO.to(x)).prod(), ((4,),), {"third": "wrong"}),
+    Case("prod with two zeros", lambda x: (x - TWO_AT_ZERO.to(x)).reshape(1, 4).prod(1), ((4,),), {"third": "wrong"}),
+    Case("cumprod with two zeros", lambda x: (x - TWO_AT_ZERO.to(x)).cumprod(0), ((4,),), {"third": "wrong"}),
+    Case("logcumsumexp", lambda x: x.logcumsumexp(-1), ((2, 5),)),
+    Case("sinc", lambda x: torch.sinc(3 * x), ((4,),)),
     Case("embedding_bag", lambda w: F.embedding_bag(BAG, w, OFFSETS, padding_idx=1), ((4, 3),), NO_SECOND),
     Case(
         "embedding_bag of weighted samples",
@@ -299,6 +390,12 @@ CASES = [
         lambda x, s: x.scatter_reduce(0, PLACE, s, "prod"),
         ((4, 3), (3, 2)),
         {"forward over reverse": "wrong"},
+    ),
+    Case(
+        "scatter_reduce with a zero",
+        lambda s: s.new_ones(2).scatter_reduce(0, torch.tensor([0, 0, 1, 0]), s - FIRST_AT_ZERO.to(s), "prod"),
+        ((4,),),
+        {"third": "wrong"},
     ),
     Case(
         "scatter_reduce over what is there",
@@ -371,10 +468,10 @@ def test_a_repair_has_the_value_and_dtype_of_the_operator(case: Case, dtype: tor
 def same_values(ours: list[Tensor], theirs: list[Tensor]) -> None:
     for a, b in zip(ours, theirs, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
-        if not b.is_floating_point():
+        if not (b.is_floating_point() or b.is_complex()):
             assert torch.equal(a, b)
             continue
-        digits = {torch.float64: 1e-12, torch.float32: 3e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[b.dtype]
+        digits = {torch.float64: 1e-12, torch.float32: 3e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[b.dtype.to_real()]
         torch.testing.assert_close(a, b, rtol=digits, atol=digits, equal_nan=True)
 
 
@@ -418,7 +515,7 @@ def test_torch_alone_still_has_it_wrong_or_raises(case: Case, mode: str) -> None
     x = case.point()
     derivative = third_by if mode == "third" else MODES[mode]
     if case.alone[mode] == "raises":
-        with pytest.raises(RuntimeError, match=r"forward AD|not implemented|ZeroTensors|data pointer"):
+        with pytest.raises(RuntimeError, match=r"forward AD|not implemented|ZeroTensors|data pointer|inplace operation"):
             derivative(case.loss, x)
     else:
         truth = third_by(repaired(case.loss), x) if mode == "third" else true_hessian(case)
@@ -438,6 +535,79 @@ def test_torch_alone_counts_the_triangle_that_cholesky_kernels_do_not_read_and_t
         assert relative_error(bare_gradient(f, x), truth) > 0.1
         assert relative_error(grad(repaired(f))(x), truth) < 1e-9
     assert {torch.cholesky_inverse, torch.Tensor.cholesky_solve} < FIRST_ORDER_REPAIRS
+
+
+def test_torch_alone_solves_wrong_where_factors_and_right_sides_are_batched_apart_and_the_repair_does_not() -> None:
+    """So `vmap` of every derivative that reuses an LU factorization is wrong: a canary for all of them."""
+    A, B = tensors((2, 3, 3), (4, 3, 2))
+    factors = torch.linalg.lu_factor(A + EYE / 2)
+    truth = torch.linalg.inv(A + EYE / 2).unsqueeze(1) @ B
+
+    def each(solve: Callable[..., Tensor]) -> Tensor:
+        return vmap(lambda LU, pivots: vmap(lambda b: solve(LU, pivots, b))(B))(*factors)
+
+    assert relative_error(each(torch.linalg.lu_solve), truth) > 0.1
+    assert relative_error(each(repaired(torch.linalg.lu_solve)), truth) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda a: torch.linalg.solve(a + EYE, TARGET[:3]).sin().sum(),
+        lambda a: torch.linalg.slogdet(a + EYE)[1].sin(),
+        lambda a: torch.linalg.det(a + EYE).sin(),
+        lambda a: torch.view_as_real(torch.linalg.eigvals(a + EYE)).sin().sum(),
+    ],
+    ids=["solve", "slogdet", "det", "eigvals"],
+)
+def test_torch_alone_has_mapped_jacobians_of_linear_algebra_wrong_and_the_repair_right(f: Callable[..., Tensor]) -> None:
+    (x,) = tensors((2, 3, 3))
+    basis = torch.eye(9, dtype=x.dtype).view(9, 3, 3)
+
+    def mapped(f: Callable[..., Tensor]) -> Tensor:
+        return vmap(lambda a: vmap(lambda e: jvp(grad(f), (a,), (e,))[1])(basis))(x)
+
+    truth = torch.stack([torch.stack([vjp(grad(repaired(f)), a)[1](e)[0] for e in basis]) for a in x])
+    assert not relative_error(mapped(f), truth) < 1e-3
+    assert relative_error(mapped(repaired(f)), truth) < 1e-10
+
+
+def leibniz(A: Tensor) -> Tensor:
+    """det A = sum over permutations s of sgn(s) a_1s(1) ... a_ns(n): a polynomial of plain products."""
+    total = A.new_zeros(())
+    for order in itertools.permutations(range(A.shape[0])):
+        inversions = sum(order[i] > order[j] for i, j in itertools.combinations(range(A.shape[0]), 2))
+        term = A[0, order[0]] * (-1) ** inversions
+        for i in range(1, A.shape[0]):
+            term = term * A[i, order[i]]
+        total = total + term
+    return total
+
+
+@pytest.mark.parametrize("rank", [4, 3, 2, 1])
+def test_determinants_of_singular_matrices_have_the_derivatives_of_the_polynomial(rank: int) -> None:
+    u, v, direction = tensors((5, 5), (5, 5), (5, 5), seed=4)
+    A = u[:, :rank] @ v[:rank]
+    for derivative in (
+        lambda f: jvp(grad(f), (A,), (direction,))[1],
+        lambda f: grad(lambda a: (jvp(grad(f), (a,), (direction,))[1] * v).sum())(A),
+    ):
+        found, truth = derivative(repaired(torch.linalg.det)), derivative(leibniz)
+        assert (found - truth).abs().max() < 1e-9 * truth.abs().max().clamp(min=1)
+    assert (repaired(torch.linalg.det)(A)).abs() < 1e-10
+
+
+@pytest.mark.parametrize("op", [torch.linalg.cholesky, torch.linalg.eigvalsh], ids=["cholesky", "eigvalsh"])
+def test_what_reads_one_triangle_has_one_hessian_in_both_modes_that_of_the_symmetric_part(op: Callable[..., Tensor]) -> None:
+    def f(a: Tensor) -> Tensor:
+        return op(a).sin().sum()
+
+    (x, v) = tensors((3, 3), (3, 3))
+    a = x @ x.mT + EYE
+    truth = jvp(grad(lambda a: f((a + a.mT) / 2)), (a,), (v + v.mT,))[1] / 2
+    for product in (jvp(grad(repaired(f)), (a,), (v,))[1], vjp(grad(repaired(f)), a)[1](v)[0]):
+        assert relative_error((product + product.mT) / 2, truth) < 1e-12 and relative_error(product, product.mT) < 1e-12
+    assert relative_error(jvp(grad(f), (a,), (v,))[1], truth) > 1e-3  # a canary
 
 
 def test_torch_alone_has_the_gradient_of_a_vmapped_select_scatter_wrong_and_the_repair_right() -> None:
@@ -700,6 +870,84 @@ def test_the_remaining_operators_have_torchs_arguments_and_errors() -> None:
         assert_same_call(torch.ldexp, X, n)
         assert_same_call(torch.Tensor.ldexp_, X.half(), n)
     assert_same_call(torch.ldexp, torch.tensor([1, 2]), torch.tensor([3, 4]))
+
+
+def test_linear_algebra_has_torchs_arguments_and_errors() -> None:
+    square, linalg = X[:3] + EYE, torch.linalg
+    batched = torch.stack([square, square.mT @ square])
+    LU, pivots = linalg.lu_factor(batched)
+    for left, adjoint in itertools.product((True, False), repeat=2):
+        B = X.T if left else X
+        assert_same_call(linalg.lu_solve, LU, pivots, B.contiguous(), left=left, adjoint=adjoint)
+        assert_same_call(linalg.lu_solve, LU=LU[1], pivots=pivots[1], B=B, left=left, adjoint=adjoint)
+    assert_same_call(torch.lu_solve, X.T, LU, pivots)
+    assert_same_call(X.T.lu_solve, LU_data=LU[0], LU_pivots=pivots[0])
+    assert_same_call(linalg.lu_solve, LU, pivots, X)
+    for right_side in (W, X.T, X):
+        assert_same_call(linalg.solve_ex, square, right_side)
+        assert_same_call(linalg.solve_ex, A=square, B=right_side, check_errors=True)
+    assert_same_call(linalg.tensorsolve, (X @ X.T + torch.eye(4)).view(2, 2, 2, 2), X[:2, :2], (3, 2))
+    assert_same_call(linalg.tensorsolve, X, W)
+    big = torch.block_diag(square, square)
+    for op in (torch.det, linalg.det, torch.Tensor.det, aten.det.default):
+        for matrix in (square, batched, -big, 0 * big, big[:0, :0], X, big.to(torch.complex128) * 1j, big.float()):
+            assert_same_call(op, matrix)
+    assert_same_call(linalg.det, A=square)
+    assert_same_call(linalg.slogdet, A=square.to(torch.complex128) * 1j)
+    assert_same_call(torch.logdet, square.to(torch.complex128) * 1j)
+    for tau in (W[:2], W, W[:1]):
+        assert_same_call(linalg.householder_product, X[:, :2], tau)
+        assert_same_call(torch.orgqr, X, tau)
+        assert_same_call(torch.ormqr, X, tau, X, transpose=True)
+        assert_same_call(torch.ormqr, X, tau, X.T, left=False)
+        assert_same_call(X.ormqr, tau, X.T)
+    spd = X @ X.mT + torch.eye(4)
+    for matrix in (spd, spd.tril(), spd.triu(), torch.stack([spd, 2 * spd]), -spd, X, spd.to(torch.complex128)):
+        for upper in (True, False):
+            assert_same_call(linalg.cholesky, matrix, upper=upper)
+            assert_same_call(linalg.cholesky_ex, matrix, upper=upper)
+            assert_same_call(torch.cholesky, matrix, upper)
+        for side in ("L", "U", "x"):
+            assert_same_call(linalg.eigvalsh, matrix, side)
+            assert_same_call(lambda a, side: linalg.eigh(a, side)[0], matrix, side)
+            assert_same_call(lambda a, side: linalg.eigh(a, side)[1].abs(), matrix, side)
+    for matrix in (square, batched, X, spd, torch.eye(3)):
+        assert_same_call(lambda a: sorted(linalg.eigvals(a).real.flatten().tolist()) and linalg.eigvals(a).abs(), matrix)
+        assert_same_call(lambda a: linalg.eig(a)[1].abs(), matrix)
+    for factors in ((X, X.T), (X, X.T, X), (X,), (X, X)):
+        assert_same_call(torch.chain_matmul, *factors)
+
+
+def test_norms_products_and_deviations_have_torchs_arguments_and_errors() -> None:
+    for p in (0, 0.5, 1, 2, 3, 4.0, torch.inf, -torch.inf, -1, "fro", "nuc"):
+        for dim, keepdim in ((None, False), (0, False), ((0, 1), True), ((), False), (3, False)):
+            assert_same_call(torch.linalg.vector_norm, X, p, dim, keepdim)
+            assert_same_call(torch.linalg.norm, X, p, dim, keepdim)
+            assert_same_call(torch.norm, X, p, dim, keepdim)
+            assert_same_call(X.norm, p, dim, keepdim)
+        assert_same_call(torch.linalg.matrix_norm, IMAGES, p, (0, -1), True)
+        assert_same_call(torch.linalg.norm, W, p)
+        assert_same_call(torch.dist, X, X[0], p)
+        assert_same_call(F.pairwise_distance, X, X[0], p, 0.1, True)
+        assert_same_call(F.normalize, X, p)
+    assert_same_call(torch.linalg.vector_norm, x=X.half(), dtype=torch.float64)
+    assert_same_call(torch.linalg.vector_norm, 1e3 * X.half())
+    assert_same_call(torch.linalg.vector_norm, X[:0], torch.inf)
+    assert_same_call(torch.linalg.vector_norm, torch.ones(3, dtype=torch.int64))
+    for op in (torch.prod, torch.Tensor.prod):
+        for options in ({}, {"dim": 0}, {"dim": -1, "keepdim": True}, {"dtype": torch.float32}, {"dim": 4}):
+            assert_same_call(op, X, **options)
+        assert_same_call(op, torch.tensor([2, 3]))
+        assert_same_call(op, torch.tensor([2, 3]), dtype=torch.float64)
+        assert_same_call(op, X[:0], 0)
+        assert_same_call(op, X[0, 0], 0, True)
+    for op in (torch.cumprod, torch.Tensor.cumprod, torch.Tensor.cumprod_):
+        for dim in (0, -1, 2):
+            assert_same_call(op, X, dim)
+        assert_same_call(op, X[0, 0], 0)
+        assert_same_call(op, X[:0], 0)
+        assert_same_call(op, torch.tensor([2, 3]), 0)
+    assert_same_call(torch.logcumsumexp, X[0, 0], 0)
 
 
 def test_gathering_and_scattering_have_torchs_arguments_and_errors() -> None:
