@@ -93,8 +93,9 @@ def _vector_norm(x: Tensor, ord: Any = 2, dim: _Dim = None, keepdim: bool = Fals
 
 def _norm(A: Tensor, ord: Any = None, dim: _Dim = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
     """The norm of what `torch.linalg.norm` takes for a vector, and the Frobenius norm of a matrix."""
-    vector = A.dim() == 1 if dim is None else isinstance(dim, int) or len(dim) == 1
-    frobenius = ord == "fro" and not vector and (A.dim() == 2 if dim is None else len(dim) == 2)
+    dim = (dim,) if isinstance(dim, int) else dim
+    vector = (A.dim() if dim is None else len(dim)) == 1
+    frobenius = ord == "fro" and not vector and (A.dim() if dim is None else len(dim)) == 2
     if not vector and not frobenius and ord is not None:
         return NotImplemented
     return _vector_norm(A, 2 if ord is None or frobenius else ord, dim, keepdim, dtype=dtype)

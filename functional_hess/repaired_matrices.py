@@ -72,10 +72,10 @@ def _solve(A: Tensor, B: Tensor, *, left: bool = True) -> Any:
     if right_side.shape[-2 if left or is_vector else -1] != A.shape[-1] or (is_vector and not left):
         return NotImplemented
     try:
-        factors = torch.linalg.lu_factor(A)
+        LU, pivots = torch.linalg.lu_factor(A)
     except RuntimeError:  # singular
         return NotImplemented
-    solution = _lu_solve(*factors, right_side, left=left)
+    solution = _lu_solve(LU, pivots, right_side, left=left)
     return solution.squeeze(-1) if is_vector else solution
 
 
@@ -90,11 +90,12 @@ def _solve_ex(A: Tensor, B: Tensor, *, left: bool = True, check_errors: bool = F
 
 def _tensorsolve(A: Tensor, B: Tensor, dims: Sequence[int] | None = None) -> Any:
     """The same of tensors taken for matrices."""
-    A = A if dims is None else A.movedim(tuple(dims), tuple(range(-len(dims), 0)))
-    if A.shape[: B.dim()] != B.shape or B.numel() ** 2 != A.numel():
+    A = A if dims is None else torch.movedim(A, tuple(dims), tuple(range(-len(dims), 0)))
+    shape = A.shape[B.dim() :]
+    if not shape.numel() == B.numel() == A.numel() // max(B.numel(), 1):
         return NotImplemented
     X = _solve(A.reshape(B.numel(), B.numel()), B.reshape(-1))
-    return X if X is NotImplemented else X.reshape(A.shape[B.dim() :])
+    return X if X is NotImplemented else X.reshape(shape)
 
 
 def _is_inexact(A: Tensor) -> bool:

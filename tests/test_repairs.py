@@ -887,6 +887,7 @@ def test_linear_algebra_has_torchs_arguments_and_errors() -> None:
         assert_same_call(linalg.solve_ex, square, right_side)
         assert_same_call(linalg.solve_ex, A=square, B=right_side, check_errors=True)
     assert_same_call(linalg.tensorsolve, (X @ X.T + torch.eye(4)).view(2, 2, 2, 2), X[:2, :2], (3, 2))
+    assert_same_call(linalg.tensorsolve, (X @ X.T + torch.eye(4)).view(2, 1, 4, 2), X[:2, :2], (0, 2))
     assert_same_call(linalg.tensorsolve, X, W)
     big = torch.block_diag(square, square)
     for op in (torch.det, linalg.det, torch.Tensor.det, aten.det.default):
