@@ -120,6 +120,24 @@ def _pairwise_distance(x1: Tensor, x2: Tensor, p: float = 2.0, eps: float = 1e-6
     return _vector_norm(x1 - x2 + eps, p, -1, keepdim)
 
 
+def _cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Any:
+    """<x, y> / (max(|x|, eps) max(|y|, eps))."""
+    if not (x1.is_floating_point() and x2.is_floating_point()) or not max(x1.dim(), x2.dim()):
+        return NotImplemented
+    x1, x2 = torch.broadcast_tensors(*(t.to(torch.promote_types(x1.dtype, x2.dtype)) for t in (x1, x2)))
+    unit = (t / _norm_of(t, 2.0, dim, True).clamp(min=eps) for t in (x1, x2))
+    return torch.mul(*unit).sum(dim)
+
+
+def _renorm(input: Tensor, p: float, dim: int, maxnorm: float) -> Any:
+    """Slices along ``dim`` of a p-norm above the bound, scaled down to it."""
+    places = range(-input.dim(), input.dim())
+    if not input.is_floating_point() or not p > 0 or input.dim() < 2 or dim not in places or maxnorm < 0 or not input.numel():
+        return NotImplemented
+    norm = _norm_of(input, float(p), [d for d in range(input.dim()) if d != dim % input.dim()], True)
+    return input * torch.where(norm > maxnorm, maxnorm / (norm + 1e-7), 1.0)
+
+
 def _std(
     input: Tensor,
     dim: Any = None,
@@ -181,6 +199,8 @@ DISTANCES: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "linalg_matrix_norm": _matrix_norm,
         "dist": _dist,
         "pairwise_distance": _pairwise_distance,
+        "cosine_similarity": _cosine_similarity,
+        "renorm": _renorm,
         "std": _std,
         "std_mean": _std_mean,
         "cdist": _cdist,

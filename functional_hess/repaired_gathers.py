@@ -6,7 +6,7 @@ GATHERS : the name of an aten operator -> its composition, by the contract of :m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -95,11 +95,32 @@ def _select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Any:
     return torch.where(chosen, src.unsqueeze(dim), input)
 
 
+def _as_strided_scatter(
+    input: Tensor, src: Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None
+) -> Any:
+    """x with s in the places that a strided view has in its memory: torch has the gradient by x in just those places."""
+    if tuple(src.shape) != tuple(size) or len(size) != len(stride):
+        return NotImplemented
+    if not input.is_contiguous():
+        raise NotImplementedError(
+            "as_strided_scatter: torch has its derivatives wrong, and they are repaired where input is contiguous in memory; "
+            "pass input.contiguous(), or write it by index_put."
+        )
+    offset = 0 if storage_offset is None else storage_offset - input.storage_offset()
+    place = torch.full(tuple(size), offset, device=input.device)
+    for d, (n, step) in enumerate(zip(size, stride, strict=True)):
+        place = place + (step * torch.arange(n, device=input.device)).reshape([-1 if k == d else 1 for k in range(len(size))])
+    if place.numel() and not 0 <= int(place.min()) <= int(place.max()) < input.numel():
+        return NotImplemented
+    return input.reshape(-1).index_put((place.reshape(-1),), src.reshape(-1)).reshape(input.shape)
+
+
 GATHERS: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
         "embedding_bag": _embedding_bag,
         "scatter_reduce": _scatter_reduce,
         "index_reduce": _index_reduce,
         "select_scatter": _select_scatter,
+        "as_strided_scatter": _as_strided_scatter,
     }
 )

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functional_hess.nesting import constant
+
 __all__ = ["NORMS"]
 
 
@@ -124,6 +126,23 @@ def _batch_norm(
     return answer if answer is NotImplemented else answer[0]
 
 
+def _batch_norm_of(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """A variant of batch norm: its value composed, its statistics and its other outputs the kernel's."""
+
+    def composed(input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *rest: Any, **named: Any) -> Any:
+        options = [*rest, *named.values()]
+        training = next((option for option in options if isinstance(option, bool)), True)
+        eps = named.get("eps", [option for option in options if type(option) is float][-1])
+        if not training:
+            return NotImplemented
+        answer = _channel_norm(input, weight, bias, tuple(d for d in range(input.dim()) if d != 1), eps)
+        if answer is NotImplemented:
+            return answer
+        return answer[0], *kernel(*(None if t is None else constant(t) for t in (input, weight, bias)), *rest, **named)[1:]
+
+    return composed
+
+
 def _instance_norm(
     input: Tensor,
     weight: Tensor | None,
@@ -163,6 +182,16 @@ NORMS: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "layer_norm": _layer_norm,
         "native_batch_norm": _native_batch_norm,
         "batch_norm": _batch_norm,
+        **{
+            name: _batch_norm_of(getattr(torch.ops.aten, name))
+            for name in (
+                "_batch_norm_impl_index",
+                "_native_batch_norm_legit",
+                "_native_batch_norm_legit_functional",
+                "_batch_norm_with_update",
+                "_batch_norm_with_update_functional",
+            )
+        },
         "instance_norm": _instance_norm,
         "_weight_norm_interface": _weight_norm_interface,
         "_weight_norm": _weight_norm,

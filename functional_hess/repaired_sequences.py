@@ -60,6 +60,14 @@ def _softmax_or_zero(scores: Tensor) -> Tensor:
     return scores.masked_fill(dead, 0.0).softmax(-1).masked_fill(dead, 0.0)
 
 
+def _safe_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Any:
+    """exp(s_j) / sum exp(s_k), and 0 where every s_k is -inf: reverse over forward mode is NaN there."""
+    scores = input if dtype is None else input.to(dtype)
+    if not scores.is_floating_point() or not scores.dim():
+        return NotImplemented
+    return _softmax_or_zero(scores.movedim(dim, -1)).movedim(-1, dim)
+
+
 # Recurrent layers.
 
 _State = tuple[Tensor, ...]  # (h,) or (h, c), each (batch, features)
@@ -71,6 +79,18 @@ def _lstm_step(from_x: Tensor, state: _State, w_hh: Tensor, b_hh: Tensor | None,
     c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
     h = torch.sigmoid(o) * torch.tanh(c)
     return (h if w_hr is None else F.linear(h, w_hr)), c
+
+
+def _lstm_cell(
+    input: Tensor,
+    hx: Sequence[Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> Any:
+    """One step: no batching rule."""
+    return _lstm_step(F.linear(input, w_ih, b_ih), tuple(hx), w_hh, b_hh, None)
 
 
 def _gru_step(from_x: Tensor, state: _State, w_hh: Tensor, b_hh: Tensor | None, w_hr: None) -> _State:
@@ -186,6 +206,8 @@ def _pack_padded_sequence(input: Tensor, lengths: Tensor, batch_first: bool) -> 
 SEQUENCES: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
         "scaled_dot_product_attention": _attention,
+        "_safe_softmax": _safe_softmax,
+        "lstm_cell": _lstm_cell,
         "lstm": _layers(_lstm_step),
         "gru": _layers(_gru_step),
         "rnn_tanh": _layers(_elman_step(torch.tanh)),

@@ -50,6 +50,7 @@ from functional_hess.repaired_gathers import GATHERS
 from functional_hess.repaired_losses import LOSSES
 from functional_hess.repaired_matrices import MATRICES
 from functional_hess.repaired_norms import NORMS
+from functional_hess.repaired_sampling import SAMPLING
 from functional_hess.repaired_sequences import SEQUENCES
 from functional_hess.repaired_singular import SINGULAR
 
@@ -123,7 +124,7 @@ def _in_place(composition: Callable[..., Any]) -> Callable[..., Any]:
     """The variant with an underscore: the composition's value is written into its first argument."""
 
     def written(input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        answer = composition(input, *args, **kwargs)
+        answer = composition(input.clone(), *args, **kwargs)  # for derivatives, which need it as it was
         return answer if answer is NotImplemented else input.copy_(answer)
 
     return written
@@ -131,7 +132,7 @@ def _in_place(composition: Callable[..., Any]) -> Callable[..., Any]:
 
 # The table.
 
-_IN_PLACE = ("hardsigmoid", "cumprod", "ldexp", "sinc", "scatter_reduce", "index_reduce")
+_IN_PLACE = ("hardsigmoid", "cumprod", "renorm", "ldexp", "sinc", "scatter_reduce", "index_reduce")
 _FIRST_ORDER = (
     "linalg_solve",
     "linalg_solve_ex",
@@ -139,20 +140,21 @@ _FIRST_ORDER = (
     "lu_solve",
     "linalg_tensorsolve",
     "select_scatter",
+    "as_strided_scatter",
     "_pack_padded_sequence",
     "cholesky_inverse",
     "cholesky_solve",
 )
-_MAPPED = ("det", "linalg_det", "slogdet", "linalg_slogdet", "logdet", "lstm", "gru", "rnn_tanh", "rnn_relu")
+_MAPPED = ("det", "linalg_det", "slogdet", "linalg_slogdet", "logdet", "lstm", "lstm_cell", "gru", "rnn_tanh", "rnn_relu")
 _FRONTS: tuple[Any, ...] = (  # torch's own code around the kernels above
     *(F.mse_loss, F.huber_loss, F.soft_margin_loss, F.multi_margin_loss, F.multilabel_margin_loss, F.hardsigmoid, F.glu),
-    *(torch.functional.norm, torch.Tensor.norm, F.normalize, torch.functional.chain_matmul),
+    *(torch.functional.norm, torch.Tensor.norm, F.normalize, F.grid_sample, torch.functional.chain_matmul),
     *(F.layer_norm, F.batch_norm, F.instance_norm, F.embedding_bag, F.multi_head_attention_forward, torch.functional.cdist),
 )
 
 
 def _table() -> Iterator[tuple[Callable[..., Any], Callable[..., Any]]]:
-    compositions = {**NORMS, **LOSSES, **SEQUENCES, **MATRICES, **DISTANCES, **GATHERS, **SINGULAR}
+    compositions = {**NORMS, **LOSSES, **SEQUENCES, **MATRICES, **DISTANCES, **GATHERS, **SAMPLING, **SINGULAR}
     compositions |= {f"{name}_": _in_place(compositions[name]) for name in _IN_PLACE}
     for name, composition in compositions.items():
         for op in _entry_points(name):

@@ -34,6 +34,7 @@ pytestmark = [  # what some of the operators say of themselves
     pytest.mark.filterwarnings("ignore:There is a performance drop.*glu:UserWarning"),
 ]
 torch_dtypes = (torch.float64, torch.float32)
+aten = torch.ops.aten
 
 
 class Swapped(TorchFunctionMode):
@@ -139,6 +140,7 @@ FIRST_AT_ZERO = tensors((4,), seed=1)[0] * torch.tensor([1.0, 0.0, 0.0, 0.0])  #
 TWO_AT_ZERO = tensors((4,), seed=1)[0] * torch.tensor([1.0, 0.0, 1.0, 0.0])
 BOOL_MASK = torch.tensor([[True, False, True], [False, False, False]])
 FLOAT_MASK = torch.tensor([[0.0, 0.3, float("-inf")], [1.0, 0.0, -0.5]], dtype=torch.float64)
+DEAD_ROW = torch.tensor([[0.0, 0.0, 0.0], [-torch.inf] * 3], dtype=torch.float64)
 HEADS = ((1, 2, 2, 2), (1, 2, 3, 2), (1, 2, 3, 2))
 small_gru = nn.GRU(1, 2, bias=False, bidirectional=True).double()
 small_lstm = nn.LSTM(1, 2).double()
@@ -165,6 +167,23 @@ CASES = [
         lambda x, w, b: torch.native_batch_norm(x, w, b, None, None, True, 0.1, 1e-5),
         ((4, 2), (2,), (2,)),
         NORMS,
+    ),
+    *(
+        Case(
+            name,
+            lambda x, w, b, call=call: call(x, w, b, torch.zeros_like(x[0]), torch.ones_like(x[0]))[0],
+            ((4, 2), (2,), (2,)),
+            {"third": "wrong"},
+        )
+        for name, call in {
+            "_batch_norm_impl_index": lambda *args: torch._batch_norm_impl_index(*args, True, 0.1, 1e-5, False),
+            "_native_batch_norm_legit": lambda *args: torch._native_batch_norm_legit(*args, True, 0.1, 1e-5),
+            "_native_batch_norm_legit without statistics": lambda *args: torch._native_batch_norm_legit(
+                *args[:3], True, 0.1, 1e-5
+            ),
+            "_native_batch_norm_legit_functional": lambda *args: aten._native_batch_norm_legit_functional(*args, True, 0.1, 1e-5),
+            "_batch_norm_with_update_functional": lambda *args: aten._batch_norm_with_update_functional(*args, 0.1, 1e-5),
+        }.items()
     ),
     Case("instance_norm", lambda x, w, b: F.instance_norm(x, None, None, w, b), ((2, 2, 3), (2,), (2,)), NORMS),
     Case("mse_loss", lambda x: F.mse_loss(x, TARGET.to(x)), ((4, 3),), FORWARD_RAISES),
@@ -217,6 +236,9 @@ CASES = [
         *module(lambda: nn.MultiheadAttention(2, 1), (3, 1, 2), (3, 1, 2), (3, 1, 2), need_weights=False),
         NO_SECOND,
     ),
+    Case("_safe_softmax", lambda x: torch._safe_softmax(x + FLOAT_MASK.to(x), 1), ((2, 3),)),
+    Case("_safe_softmax with a dead row", lambda x: torch._safe_softmax(x + DEAD_ROW.to(x), 1), ((2, 3),), {"third": "wrong"}),
+    Case("lstm_cell", *module(lambda: nn.LSTMCell(1, 2), (2, 1))),
     Case("lstm", *module(lambda: nn.LSTM(1, 2), (3, 2, 1))),
     Case("lstm with projections", *module(lambda: nn.LSTM(1, 2, 2, proj_size=1, batch_first=True), (1, 2, 1))),
     Case(
@@ -366,6 +388,12 @@ CASES = [
     Case("pairwise_distance", lambda x, y: F.pairwise_distance(x, y, 3.0), ((3, 2), (2,)), IN_PLACE),
     Case("std", lambda x: x.std(1, correction=0), ((2, 3),)),
     Case("std_mean", lambda x: torch.std_mean(x, (0, 1), keepdim=True), ((2, 3),)),
+    *(
+        Case(f"renorm with p={p}", lambda x, p=p: torch.renorm(x, p, 0, 1.1), ((3, 2),), IN_PLACE if p in (1.5, 2) else {})
+        for p in (1, 1.5, 2, torch.inf)
+    ),
+    Case("renorm in place", lambda x: (1.0 * x).renorm_(2, -1, 1.1), ((3, 2),)),
+    Case("cosine_similarity", lambda x, y: F.cosine_similarity(x, y, -1), ((3, 2), (2,)), IN_PLACE),
     Case("prod", lambda x: (x.prod(), x.prod(1), x.prod(0, keepdim=True)), ((3, 3),)),
     Case("prod with a zero", lambda x: (x - FIRST_AT_ZERO.to(x)).prod(), ((4,),), {"third": "wrong"}),
     Case("prod with two zeros", lambda x: (x - TWO_AT_ZERO.to(x)).reshape(1, 4).prod(1), ((4,),), {"third": "wrong"}),
@@ -412,6 +440,27 @@ CASES = [
         for how in ("prod", "mean", "amax", "amin")
     ),
     Case("select_scatter", lambda x, s: torch.select_scatter(x, s, 0, -1), ((2, 3), (3,))),
+    *(
+        Case(
+            f"grid_sample {mode} {padding} {corners}",
+            lambda x, g, mode=mode, padding=padding, corners=corners: F.grid_sample(x, 0.6 * g, mode, padding, corners),
+            ((1, 2, 3, 2), (1, 1, 2, 2)),
+            FORWARD_RAISES,
+        )
+        for mode, padding, corners in (
+            ("bilinear", "zeros", True),
+            ("bilinear", "reflection", False),
+            ("nearest", "border", True),
+            ("bicubic", "zeros", False),
+            ("bicubic", "reflection", True),
+        )
+    ),
+    Case(
+        "grid_sample in three dimensions",
+        lambda x, g: F.grid_sample(x, 0.6 * g, padding_mode="border", align_corners=False),
+        ((1, 1, 2, 2, 3), (1, 1, 1, 2, 3)),
+        FORWARD_RAISES,
+    ),
     Case("ldexp", lambda x, n: torch.ldexp(x, n), ((2, 3), (3,))),
 ]
 table = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
@@ -620,6 +669,22 @@ def test_torch_alone_has_the_gradient_of_a_vmapped_select_scatter_wrong_and_the_
     assert torch.select_scatter in FIRST_ORDER_REPAIRS and REPAIRS.keys() >= FIRST_ORDER_REPAIRS
 
 
+def test_torch_alone_has_the_gradient_of_as_strided_scatter_wrong_and_the_repair_right() -> None:
+    def f(x: Tensor, s: Tensor) -> Tensor:
+        return torch.sin(torch.as_strided_scatter(x, s, (2,), (2,), 1)).sum()
+
+    x, s = tensors((2, 4), (2, 2))
+    truth = torch.cos(x) * torch.tensor([1.0, 0.0, 1.0, 0.0])
+    assert relative_error(grad(f)(x[0], s[0]), truth[0]) > 0.1
+    torch.testing.assert_close(grad(repaired(f), (0, 1))(x[0], s[0]), (truth[0], torch.cos(s[0])))
+    torch.testing.assert_close(vmap(grad(repaired(f), (0, 1)))(x, s), (truth, torch.cos(s)))
+    v = torch.ones(4, dtype=x.dtype)
+    torch.testing.assert_close(jvp(grad(lambda x: repaired(f)(x, s[0])), (x[0],), (v,))[1], -torch.sin(x[0]) * truth[0].ne(0))
+    assert torch.as_strided_scatter in FIRST_ORDER_REPAIRS
+    with pytest.raises(NotImplementedError, match="contiguous"):
+        grad(lambda x: repaired(f)(x.view(2, 2).T, s[0]))(x[0])
+
+
 def test_float32_lstms_go_to_a_library_without_a_forward_rule_and_the_repair_does_not() -> None:
     case = next(case for case in CASES if case.name == "lstm")
     x, (v,) = case.point(), tensors(case.point().shape, seed=3)
@@ -684,7 +749,6 @@ def assert_same_call(op: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
 X, Y = tensors((4, 3), (4, 3), seed=7)
 W, B, R, V = (t.abs() + 0.5 for t in tensors((3,), (3,), (3,), (3,), seed=8))
 IMAGES = tensors((2, 3, 2, 2), seed=9)[0]
-aten = torch.ops.aten
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -701,8 +765,13 @@ def test_norms_have_torchs_arguments_statistics_and_errors(dtype: torch.dtype) -
         assert_same_call(F.batch_norm, x, r, v, w, b, training, momentum=0.3, eps=1e-2)
         assert_same_call(F.batch_norm, images, r, v, training=training)
         assert_same_call(F.instance_norm, images, r, v, w, b, training, 0.3, 1e-2)
-        for call in (torch.native_batch_norm, aten.native_batch_norm.default):
+        for call in (torch.native_batch_norm, aten.native_batch_norm.default, torch._native_batch_norm_legit):
             assert_same_call(call, x, w, b, r, v, training, 0.2, 1e-3)
+    assert_same_call(torch._native_batch_norm_legit, x, w, b, True, momentum=0.2, eps=1e-3)
+    if dtype.itemsize >= 4:
+        assert_same_call(aten._batch_norm_with_update, x, w, b, r, v, 0.2, 1e-3)
+        assert_same_call(aten._batch_norm_with_update_functional, x, w, b, r, v, 0.2, 1e-3)
+        assert_same_call(aten._native_batch_norm_legit_functional, x, w, b, r, v, True, 0.2, 1e-3)
     assert_same_call(F.batch_norm, x, None, None, weight=w)  # neither statistics nor training: an error
     assert_same_call(F.batch_norm, x[:1], None, None, training=True)  # one value per channel: an error
     assert_same_call(F.batch_norm, x, None, None, w[:2], training=True)
@@ -919,6 +988,25 @@ def test_linear_algebra_has_torchs_arguments_and_errors() -> None:
         assert_same_call(torch.chain_matmul, *factors)
 
 
+@pytest.mark.filterwarnings("ignore:Default grid_sample:UserWarning")
+@pytest.mark.parametrize("dtype", torch_dtypes, ids=str)
+def test_sampling_has_torchs_arguments_and_errors(dtype: torch.dtype) -> None:
+    images, points = tensors((2, 3, 4, 5), (2, 3, 2, 2), seed=14, dtype=dtype)
+    volumes, places = tensors((2, 1, 2, 3, 4), (2, 1, 2, 3, 3), seed=15, dtype=dtype)
+    for mode, padding, corners in itertools.product(
+        ("bilinear", "nearest", "bicubic"), ("zeros", "border", "reflection"), (True, False)
+    ):
+        assert_same_call(F.grid_sample, images, 1.5 * points, mode, padding, corners)
+        assert_same_call(F.grid_sample, images[:, :, :1, :1], points, mode, padding, corners)
+        assert_same_call(F.grid_sample, volumes, 1.5 * places, mode=mode, padding_mode=padding, align_corners=corners)
+    assert_same_call(F.grid_sample, images, points)
+    assert_same_call(F.grid_sample, images, points[:1])
+    assert_same_call(F.grid_sample, images, places)
+    assert_same_call(F.grid_sample, images, points, "cubic")
+    assert_same_call(torch.grid_sampler, images, points, 0, 0, False)
+    assert_same_call(torch.grid_sampler_3d, volumes, places, 1, 2, False)
+
+
 def test_norms_products_and_deviations_have_torchs_arguments_and_errors() -> None:
     for p in (0, 0.5, 1, 2, 3, 4.0, torch.inf, -torch.inf, -1, "fro", "nuc"):
         for dim, keepdim in ((None, False), (0, False), ((0, 1), True), ((), False), (3, False)):
@@ -931,6 +1019,12 @@ def test_norms_products_and_deviations_have_torchs_arguments_and_errors() -> Non
         assert_same_call(torch.dist, X, X[0], p)
         assert_same_call(F.pairwise_distance, X, X[0], p, 0.1, True)
         assert_same_call(F.normalize, X, p)
+        if not isinstance(p, str):
+            assert_same_call(torch.renorm, IMAGES, p, 1, 1.5)
+            assert_same_call(torch.Tensor.renorm_, X.clone(), p, -1, 0.7)
+    assert_same_call(F.cosine_similarity, X, X[0], -1)
+    assert_same_call(F.cosine_similarity, x1=0 * X, x2=X.float(), eps=1e-2)
+    assert_same_call(torch.renorm, X, 2, 2, 1.0)
     assert_same_call(torch.linalg.vector_norm, x=X.half(), dtype=torch.float64)
     assert_same_call(torch.linalg.vector_norm, 1e3 * X.half())
     assert_same_call(torch.linalg.vector_norm, X[:0], torch.inf)
