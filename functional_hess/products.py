@@ -11,7 +11,8 @@ With g = grad f, the product H v at x is computed as
 which keeps no graph. For many products at one point (rows of the Hessian) it begins reverse-over-reverse: the gradient's graph
 is built once and every row is one backward pass through it, which was 1.5 to 5 times faster than forward-over-reverse on
 every function measured, needs no process-wide lock, and has rules for more ops. Modes known to be wrong for norms and linear
-algebra (forward-over-forward, reverse-over-forward) do not exist here.
+algebra (forward-over-forward, reverse-over-forward) do not exist here; and inside another derivative, which would make one of
+them of forward-over-reverse, one product begins reverse-over-reverse too.
 
 For many vectors at one point, keep a pullback of the gradient: ``_, product = vjp(grad(f), x)``.
 """
@@ -38,7 +39,7 @@ from functional_hess.guards import (
     warn_of_low_precision,
 )
 from functional_hess.levels import flat_double_backward, flat_jvp, flat_value_and_grad, flat_vjp, flat_vmap, plain
-from functional_hess.nesting import eagerly, is_outermost
+from functional_hess.nesting import derivative_levels, eagerly, is_outermost
 from functional_hess.transforms import Bound, bind
 from functional_hess.tree import Space, tensors_of
 from functional_hess.verification import begin
@@ -303,7 +304,8 @@ def _both(
         return gradient, product, aux
 
     with Replay(randomness, bound.x, verb) as replay:
-        gradient, product, aux = first_mode_that_works(verb, f, bound.x, mode, ONE_PRODUCT, attempt)
+        chain = MANY_PRODUCTS if derivative_levels() else ONE_PRODUCT
+        gradient, product, aux = first_mode_that_works(verb, f, bound.x, mode, chain, attempt)
         replay.finish(bound.call, bound.x)
     for linear in used:
         warn_of_doubt(linear, bound.space)

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functional_hess.nesting import constant_of_innermost
+from functional_hess.nesting import constant_of_innermost, derivative_levels, requires_grad_outside
 
 __all__ = ["DISTANCES"]
 
@@ -60,22 +60,30 @@ def _minkowski(z: Tensor, p: float, dim: _Dim = -1, keepdim: bool = False) -> Te
 
 
 def _norm_of(z: Tensor, p: float, dim: _Dim, keepdim: bool) -> Tensor:
-    """|z|_p, in half precision by float32, as in the kernels."""
+    """|z|_p, in half precision by float32, as in the kernels, and by a kernel where no third derivative is taken."""
     wide = z.to(torch.promote_types(z.dtype, torch.float32))
-    return (_euclidean(wide, dim, keepdim) if p == 2 else _minkowski(wide, p, dim, keepdim)).to(z.dtype.to_real())
+    levels = len(derivative_levels())
+    if levels == 0 or (levels <= 2 and not requires_grad_outside((z,))):
+        norm = torch.linalg.vector_norm(wide, p, dim, keepdim)
+    else:
+        norm = _euclidean(wide, dim, keepdim) if p == 2 else _minkowski(wide, p, dim, keepdim)
+    return (norm + _slope_at_zero(wide, norm, dim, keepdim) if p == 2 else norm).to(z.dtype.to_real())
 
 
 def _euclidean(z: Tensor, dim: _Dim, keepdim: bool) -> Tensor:
-    """|z|, whose slope at z = 0 is 0 at the innermost level of differentiation and NaN at the others."""
-    constant = constant_of_innermost(z)
-    if constant is None:  # plain autograd, whose second derivative at 0 is NaN
-        return torch.linalg.vector_norm(z, 2, dim, keepdim)
+    """|z|, with the slope 0 at z = 0."""
     total = _square(z).sum(dim, keepdim)
     # A factor, for `where` would hide from a gradient that its cotangent has a NaN for a derivative.
     zero = (total == 0).to(total.dtype)
-    norm = (total + zero).sqrt() * (1 - zero)
-    outside = _square(constant).sum(dim, keepdim)
-    return norm + torch.where(zero.bool(), torch.where(zero.bool(), outside, 1.0).sqrt(), 0.0)
+    return (total + zero).sqrt() * (1 - zero)
+
+
+def _slope_at_zero(z: Tensor, norm: Tensor, dim: _Dim, keepdim: bool) -> Tensor | float:
+    """0, whose slope where z = 0 is 0 at the innermost level of differentiation and NaN at the others."""
+    constant, zero = constant_of_innermost(z), norm == 0
+    if constant is None:  # plain autograd, whose second derivative at 0 is NaN
+        return 0.0
+    return torch.where(zero, torch.where(zero, _square(constant).sum(dim, keepdim), 1.0).sqrt(), 0.0)
 
 
 def _square(z: Tensor) -> Tensor:

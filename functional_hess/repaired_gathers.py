@@ -106,7 +106,7 @@ def _as_strided_scatter(
             "as_strided_scatter: torch has its derivatives wrong, and they are repaired where input is contiguous in memory; "
             "pass input.contiguous(), or write it by index_put."
         )
-    offset = 0 if storage_offset is None else storage_offset - input.storage_offset()
+    offset = 0 if storage_offset is None else int(storage_offset - input.storage_offset())
     place = torch.full(tuple(size), offset, device=input.device)
     for d, (n, step) in enumerate(zip(size, stride, strict=True)):
         place = place + (step * torch.arange(n, device=input.device)).reshape([-1 if k == d else 1 for k in range(len(size))])

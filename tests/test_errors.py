@@ -745,6 +745,13 @@ ROWS: dict[str, list[Row]] = {
             waiting,
         ),
         Row(
+            "input",
+            NotImplementedError,
+            "as_strided_scatter: torch has its derivatives wrong, and they are repaired where input is contiguous in memory; "
+            "pass input.contiguous(), or write it by index_put.",
+            lambda _: fh.grad(lambda x: torch.as_strided_scatter(x.view(2, 2).T, W, (2,), (1,)).sum())(torch.ones(4)),
+        ),
+        Row(
             "args[0]['b']",
             ValueError,
             "vmap: in_dims must be a dimension of args[0]['b'], of shape (), got 1.",

@@ -18,7 +18,18 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from functional_hess import MissingDerivativeError, RandomnessError, explain, grad_and_hvp, hessian, hvp, value_grad_and_hessian
+from functional_hess import (
+    MissingDerivativeError,
+    RandomnessError,
+    explain,
+    grad,
+    grad_and_hvp,
+    hessian,
+    hvp,
+    jvp,
+    levels,
+    value_grad_and_hessian,
+)
 from functional_hess.products import MODES
 
 FORWARD, REVERSE, DOUBLE, DIFFERENCE = MODES
@@ -377,6 +388,21 @@ def test_the_mode_that_works_is_remembered(caplog):
         assert torch.equal(hvp(f, x, v), 6 * x * v)
         counts.append(len(calls))
     assert counts[0] > counts[1] == 1
+
+
+def test_inside_another_derivative_a_product_avoids_the_modes_that_torch_has_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reverse over forward mode takes the LU factors that log |det| saves for constants, and so does forward over forward."""
+    for table in ("REPAIRS", "FIRST_ORDER_REPAIRS", "MAPPED_REPAIRS"):
+        monkeypatch.setattr(levels, table, {})
+    x, v = numbers(3, 3) + 3 * torch.eye(3, dtype=torch.float64), numbers(3, 3, seed=1)
+
+    def curvature(x: Tensor, mode: str = "auto") -> Tensor:
+        return (hvp(lambda a: torch.linalg.slogdet(a).logabsdet.sin(), x, v, mode=mode) * v).sum()
+
+    truth = derivative_by_differences(lambda t: curvature(x + t * v), torch.zeros(1, dtype=torch.float64))[0].squeeze()
+    for derivative in (lambda f: (grad(f)(x) * v).sum(), lambda f: jvp(f, (x,), (v,))[1]):
+        assert (derivative(curvature) - truth).abs() < 1e-7 * truth.abs()
+        assert (derivative(lambda x: curvature(x, FORWARD)) - truth).abs() > 1e-2 * truth.abs()
 
 
 def test_what_only_plain_autograd_can_enter_has_its_gradient_and_its_graph_too():
