@@ -198,7 +198,7 @@ class ByDifferences:
 
     def _quotients(self, v: dict[int, Tensor]) -> Iterator[_Quotient]:
         """The first step is 4 eps^(1/7) of the size of a leaf: there truncation h^6 and rounding eps / h balance."""
-        reach = [v[leaf].detach().abs().max().double() / _scale(self.x[leaf]) for leaf in v if v[leaf].numel()]
+        reach = [v[leaf].detach().abs().max().cpu().double() / _scale(self.x[leaf]) for leaf in v if v[leaf].numel()]
         longest = torch.stack(reach or [torch.ones(())]).max()
         longest = torch.where(longest > 0, longest, 1.0)
         part = _RATIO * self.eps ** (1 / 7)
@@ -227,8 +227,8 @@ class ByDifferences:
 
     def _slope(self, v: dict[int, Tensor]) -> float:
         """|<g, v>|, as far as g is known."""
-        terms = [(g * v[leaf].detach()).sum() for leaf, g in zip(self.columns, self.center or (), strict=True) if leaf in v]
-        return abs(float(sum(terms)))
+        known = [(g, v[leaf].detach()) for leaf, g in zip(self.columns, self.center or (), strict=True) if leaf in v]
+        return abs(sum(float((g * t).sum()) for g, t in known))
 
     def _best(self, quotients: Iterator[_Quotient]) -> Estimated:
         window: collections.deque[_Quotient] = collections.deque(maxlen=_WINDOW)
@@ -284,8 +284,8 @@ def warn_of_doubt(product: Any, space: Space) -> None:
 
 
 def _scale(t: Tensor) -> Tensor:
-    """The size of a leaf, within bounds; 1 where it is zero."""
-    size = t.detach().abs().max().double() if t.numel() else torch.zeros((), dtype=torch.float64)
+    """The size of a leaf, within bounds; 1 where it is zero; on the host, since leaves may live on several devices."""
+    size = t.detach().abs().max().cpu().double() if t.numel() else torch.zeros((), dtype=torch.float64)
     return torch.where(size > 0, size.clamp(1e-3, 1e3), 1.0)
 
 

@@ -339,6 +339,14 @@ def test_inside_other_transforms_there_are_three_steps_and_no_estimate() -> None
     assert relative_error(prepared(xs[0]), truth[0]) < 1e-8
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_product_on_a_device_is_that_on_the_host(dtype: torch.dtype) -> None:
+    f, x, v = TRIALS["product"].f, X.to(dtype), RANDOM.to(dtype)
+    on_the_host, on_the_device = (fh.hvp(f, x.to(d), v.to(d), mode=DIFFERENCE) for d in ("cpu", "cuda"))
+    assert on_the_device.is_cuda and relative_error(on_the_device.cpu(), on_the_host) < max(1e-10, torch.finfo(dtype).eps)
+
+
 def test_a_tangent_of_zeros_and_empty_leaves_have_products_of_zeros() -> None:
     x = {"a": X, "b": torch.zeros(0, dtype=torch.float64)}
     product = fh.hvp(lambda x: (x["a"] ** 3).sum() + x["b"].sum(), x, {"a": 0 * X, "b": x["b"]}, mode=DIFFERENCE)
