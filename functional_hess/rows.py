@@ -306,15 +306,19 @@ def _grouped(wanted: Wanted, chunk: int) -> tuple[Group, ...]:
     )
 
 
-def refined(problem: Problem, groups: Sequence[Group], bound: Estimate, held: int, spare: float) -> Estimate:
+def refined(
+    problem: Problem, groups: Sequence[Group], bound: Estimate, held: int, spare: float, chunk: int | None = None
+) -> Estimate:
     """What the group that needs most was measured to need; the bound where nothing can be measured.
 
     Measuring allocates no more than ``spare`` bytes, unless f does not take fake tensors: then as much as two rows at a time.
+    What rows need depends on how many they are and on the leaves that they touch: here those of the first ``chunk`` rows, or of
+    all rows.
     """
     if problem.seen.forward or problem.options.mode not in ("auto", REVERSE_OVER_REVERSE, "fastest"):
         return bound  # forward mode cannot be run under a counter
     try:
-        first, *others = [_measured(problem, group, bound, held, spare) for group in _largest(groups)]
+        first, *others = [_measured(problem, group, bound, held, spare, chunk) for group in _largest(groups)]
     except Exception as error:  # f leaves torch, or another mode will have to do; the bound is all there is
         if out_of_memory(error):
             raise
@@ -331,14 +335,15 @@ def _largest(groups: Sequence[Group]) -> list[Group]:
     return chosen
 
 
-def _measured(problem: Problem, group: Group, bound: Estimate, held: int, spare: float) -> Estimate:
+def _measured(problem: Problem, group: Group, bound: Estimate, held: int, spare: float, chunk: int | None) -> Estimate:
     """Reverse-over-reverse rows of a group, run: on fake tensors if that is no trifle or f takes them, else on x."""
 
     def run(x: Sequence[Tensor], k: int) -> Tensors:
         product = product_at(problem.scalar, tuple(x), REVERSE_OVER_REVERSE, group.rows, group.columns, verb=problem.verb)
-        return rows_of(product, REVERSE_OVER_REVERSE, problem.space.one_hot(next(chunks_of(group.pieces, k))))
+        return rows_of(product, REVERSE_OVER_REVERSE, {leaf: x[leaf].new_zeros(k, *x[leaf].shape) for leaf in touched})
 
-    known, key = _estimates_of(problem.f), (group.rows, group.columns, len(group), problem.seen.saved, _shapes(problem))
+    touched = tuple(dict.fromkeys(piece.leaf for piece in next(chunks_of(group.pieces, chunk or len(group)))))
+    known, key = _estimates_of(problem.f), (group.rows, group.columns, len(group), touched, problem.seen.saved, _shapes(problem))
     if key not in known:
         trifle = bound.working(MEASURED_ROWS[-1]) <= spare
         x = tuple(t.detach() for t in problem.bound.x)

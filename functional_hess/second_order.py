@@ -718,7 +718,7 @@ def explain(transformed: Callable[..., Any], *args: Any, **kwargs: Any) -> Expla
     estimate = plan.estimate
     if mode == REVERSE_OVER_REVERSE and problem.is_scalar and is_outermost():
         spare = max(plan.estimate.working(plan.chunk), NOT_WORTH_ASKING if problem.options.memory_limit is None else 0)
-        estimate = refined(problem, plan.groups, plan.estimate, plan.held, spare)
+        estimate = refined(problem, plan.groups, plan.estimate, plan.held, spare, plan.chunk)
     return Explanation(
         verb=problem.verb,
         dim=problem.space.dim,
