@@ -603,7 +603,12 @@ def assert_clean() -> None:
 
 
 def interrupt() -> None:
-    signal.raise_signal(signal.SIGINT)
+    """What Ctrl-C does, also where whoever started the tests has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(
