@@ -38,6 +38,7 @@ from functional_hess.levels import (
     repaired,
 )
 from functional_hess.nesting import is_outermost
+from functional_hess.repaired_refusals import MissingDerivativeError
 from functional_hess.tree import Space
 
 __all__ = [
@@ -68,7 +69,10 @@ _MISSING = tuple(
         r"derivative for '?[\w:]+'? is not implemented",
         r"derivative of '?[\w:]+'? is not implemented",
         r"does not support (automatic )?double backward|cannot be differentiated twice",
-        r"Batching rule not implemented for",
+        r"Batching rule not implemented for|does not yet have a batching rule|vmap: we do not yet support aten::",
+        r"NYI: .* inside (of )?vmap|required rank \d tensor to use channels_last",
+        r"Trying to set a forward gradient that has a different size|batching rule gave \d+ results",
+        r"Could not run 'aten::\w+' with arguments from the 'Sparse",
         _NO_SETUP_CONTEXT,
         r"generate_vmap_rule|does not (have|support) (a )?vmap|must override the vmap",
         r"only supports? once_differentiable|once_differentiable",
@@ -83,10 +87,6 @@ _SOURCES = (str(Path(torch.__file__).parent), _PACKAGE, contextlib.__file__)
 
 
 # ---------------------------------------------------------------------------------------------------- missing rules
-
-
-class MissingDerivativeError(NotImplementedError):
-    """No mode of differentiation has a rule for an op of f."""
 
 
 def missing_rule(error: BaseException) -> bool:

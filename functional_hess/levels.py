@@ -388,9 +388,19 @@ def flat_vmap(
 
     def mapped(*tensors: Tensor) -> Tensors:
         with repaired():
-            return batched(*tensors)
+            results = batched(*tensors)
+        dims = (in_dims,) * len(tensors) if isinstance(in_dims, int) else in_dims
+        _require_one_each(results, next(t.shape[d] for t, d in zip(tensors, dims, strict=True) if d is not None))
+        return results
 
     return mapped
+
+
+def _require_one_each(results: Iterable[Tensor], n: int) -> None:
+    """As many results as arguments: torch does not look, and a batching rule that is wrong may give another number of them."""
+    for result in results:
+        if result.shape[0] != n:
+            raise NotImplementedError(f"a batching rule gave {result.shape[0]} results for {n} arguments")
 
 
 # ---------------------------------------------------------------------------------------------------- plain autograd

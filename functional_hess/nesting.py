@@ -166,13 +166,15 @@ def is_mapped_here(t: Tensor) -> bool:
     return bool(_functorch.is_batchedtensor(t)) and _functorch.maybe_get_level(t) == _functorch.current_level()
 
 
-def is_watched(t: Tensor) -> bool:
-    """Whether a derivative, ours, torch.func's or plain autograd's, or a ``vmap`` follows ``t``."""
+def is_watched(t: Tensor, *, mapped: bool = True) -> bool:
+    """Whether a derivative, ours, torch.func's or plain autograd's, follows ``t``, or with ``mapped`` a ``vmap``."""
     with contextlib.ExitStack() as lowered:
         for level in reversed(_functorch.get_interpreter_stack() or ()):
             if _functorch.is_functorch_wrapped_tensor(t) and _functorch.maybe_get_level(t) == level.level():
-                mapped = level.key() == _Kind.Vmap
-                if mapped or t.requires_grad or (level.key() == _Kind.Jvp and moves((t,))[0]):
+                if level.key() == _Kind.Vmap:
+                    if mapped:
+                        return True
+                elif t.requires_grad or (level.key() == _Kind.Jvp and moves((t,))[0]):
                     return True
                 t = _functorch.get_unwrapped(t)
             lowered.callback(_functorch.push_dynamic_layer_stack, _functorch.pop_dynamic_layer_stack())

@@ -115,6 +115,43 @@ def _as_strided_scatter(
     return input.reshape(-1).index_put((place.reshape(-1),), src.reshape(-1)).reshape(input.shape)
 
 
+def _segment_reduce(
+    data: Tensor,
+    reduce: str,
+    *,
+    lengths: Tensor | None = None,
+    indices: Tensor | None = None,
+    offsets: Tensor | None = None,
+    axis: int = 0,
+    unsafe: bool = False,
+    initial: float | None = None,
+) -> Any:
+    """Sum, mean, maximum, minimum or product over runs of `lengths` along `axis`: no second derivative in any mode.
+
+    The runs of all rows (the dimensions before `axis`) lie one after another, each row's ending where the next one's begin.
+    """
+    if lengths is None and offsets is not None:
+        lengths = offsets.diff(dim=-1)
+    if lengths is None or indices is not None or lengths.dim() != axis + 1 or data.dim() <= axis or not data.is_floating_point():
+        return NotImplemented
+    if reduce not in _EMPTY_RUN or lengths.shape[:-1] != data.shape[:axis] or (lengths.sum(-1) != data.shape[axis]).any():
+        return NotImplemented
+    counts, rows = lengths.reshape(-1), data.flatten(0, axis)
+    run = torch.arange(len(counts), device=data.device).repeat_interleave(counts)
+    start = rows.new_full((len(counts), *rows.shape[1:]), _EMPTY_RUN[reduce] if initial is None else initial)
+    if reduce in ("sum", "mean"):
+        total = start.index_add(0, run, rows)
+        counts = counts.reshape(-1, *[1] * (rows.dim() - 1))
+        empty = math.nan if initial is None else initial
+        answer = total if reduce == "sum" else torch.where(counts == 0, empty, total / counts.clamp(min=1))
+    else:
+        answer = _index_reduce(start, 0, run, rows, {"max": "amax", "min": "amin"}.get(reduce, reduce))
+    return answer.unflatten(0, lengths.shape)
+
+
+_EMPTY_RUN = {"sum": 0.0, "mean": 0.0, "max": -math.inf, "min": math.inf, "prod": 1.0}
+
+
 GATHERS: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
         "embedding_bag": _embedding_bag,
@@ -122,5 +159,6 @@ GATHERS: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "index_reduce": _index_reduce,
         "select_scatter": _select_scatter,
         "as_strided_scatter": _as_strided_scatter,
+        "segment_reduce": _segment_reduce,
     }
 )

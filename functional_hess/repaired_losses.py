@@ -47,6 +47,8 @@ def _multi_margin_loss(
     input: Tensor, target: Tensor, p: int = 1, margin: float = 1.0, weight: Tensor | None = None, reduction: int = 1
 ) -> Any:
     """sum over j != t of w_t max(0, margin - x_t + x_j)^p / C: no second derivative in any mode."""
+    if not input.dim():  # one class
+        input, target = input.reshape(1), target.reshape(())
     classes = input.shape[-1] if input.dim() else 1
     fits = input.dim() in (1, 2) and target.dim() == input.dim() - 1 and (weight is None or tuple(weight.shape) == (classes,))
     if not fits or p not in (1, 2):
@@ -60,8 +62,9 @@ def _multi_margin_loss(
 
 def _multilabel_margin_loss(input: Tensor, target: Tensor, reduction: int = 1) -> Any:
     """sum of max(0, 1 - x_k + x_j) / C, k the labels before the first -1, j the others: no second derivative at all."""
-    if input.dim() not in (1, 2) or target.shape != input.shape:
+    if input.dim() > 2 or target.shape != input.shape:
         return NotImplemented
+    input, target = (t if t.dim() else t.reshape(1) for t in (input, target))
     classes = input.shape[-1]
     valid = (target < 0).cumsum(-1) == 0
     index = target.clamp(min=0)
@@ -86,6 +89,13 @@ def _glu(input: Tensor, dim: int = -1) -> Any:
     return a * torch.sigmoid(b)
 
 
+def _rrelu(input: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, generator: Any = None) -> Any:
+    """x where it is positive, else (lower + upper) x / 2, in evaluation: the kernel has no batching rule."""
+    if training or not input.is_floating_point():
+        return NotImplemented
+    return F.leaky_relu(input, (lower + upper) / 2)
+
+
 def _ldexp(input: Tensor, other: Tensor) -> Any:
     """x 2^n: forward over reverse under a dispatch mode ends the process."""
     if not (isinstance(input, Tensor) and isinstance(other, Tensor)):
@@ -105,6 +115,7 @@ LOSSES: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "multilabel_margin_loss": _multilabel_margin_loss,
         "hardsigmoid": _hardsigmoid,
         "glu": _glu,
+        "rrelu": _rrelu,
         "ldexp": _ldexp,
     }
 )

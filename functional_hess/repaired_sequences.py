@@ -1,6 +1,6 @@
-"""Attention and recurrent layers as compositions of differentiable operators.
+"""Attention, recurrent layers and alignments as compositions of differentiable operators.
 
-The fused kernels have no second derivative (attention: pytorch#116350), or go to a library (oneDNN for a float32 LSTM on the
+The fused kernels have no second derivative (attention: pytorch#116350; CTC), or go to a library (oneDNN for a float32 LSTM on the
 CPU, cuDNN) without a forward-mode rule and, for cuDNN, without a double backward (pytorch#5261). The compositions need the
 memory that those kernels are there to save: all scores of an attention, all gates of all steps.
 
@@ -18,6 +18,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from functional_hess.nesting import outside_transforms
+from functional_hess.repaired_singular import log_of_sum
 
 __all__ = ["SEQUENCES"]
 
@@ -200,7 +203,95 @@ def _pack_padded_sequence(input: Tensor, lengths: Tensor, batch_first: bool) -> 
     if len(ends) != steps.shape[1] or ends != sorted(ends, reverse=True) or not ends or ends[-1] < 1 or ends[0] > steps.shape[0]:
         return NotImplemented
     sizes = [sum(end > t for end in ends) for t in range(ends[0])]
-    return torch.cat([steps[t, :size] for t, size in enumerate(sizes)]), torch.tensor(sizes, device="cpu")
+    return torch.cat([steps[t, :size] for t, size in enumerate(sizes)]), _integers(sizes)
+
+
+def _pad_packed_sequence(data: Tensor, batch_sizes: Tensor, batch_first: bool, padding_value: float, total_length: int) -> Any:
+    """The rows put back in their (step, sequence), padding elsewhere: the kernel does not run under torch.func."""
+    sizes = batch_sizes.tolist()
+    if not sizes or sum(sizes) != data.shape[0]:
+        return NotImplemented
+    batch, steps = sizes[0], max(total_length, len(sizes))
+    place = torch.tensor([t * batch + row for t, size in enumerate(sizes) for row in range(size)], device=data.device)
+    rows = data.new_full((steps * batch, *data.shape[1:]), padding_value).index_copy(0, place, data)
+    padded = rows.unflatten(0, (steps, batch))
+    ends = [sum(size > row for size in sizes) for row in range(batch)]
+    return padded.transpose(0, 1) if batch_first else padded, _integers(ends)
+
+
+def _integers(numbers: Sequence[int]) -> Tensor:
+    """A tensor on the CPU that no transform wraps, for kernels that read it by address."""
+    with outside_transforms():
+        return torch.tensor(numbers, device="cpu")
+
+
+# Alignments.
+
+
+def _ctc_loss(
+    log_probs: Tensor,
+    targets: Tensor,
+    input_lengths: Any,
+    target_lengths: Any,
+    blank: int = 0,
+    reduction: int = 1,
+    zero_infinity: bool = False,
+) -> Any:
+    """-log of the probability of all paths that spell the target (Graves et al., 2006, eq. 6-8): no second derivative.
+
+    torch's gradient supposes that the probabilities of a step are a softmax; this is that of the value, whatever they are.
+    """
+    batched = log_probs.dim() == 3
+    if not batched:
+        log_probs, targets = log_probs.unsqueeze(1), targets.unsqueeze(0)
+    steps, ends = (t.reshape(-1).tolist() if isinstance(t, Tensor) else list(t) for t in (input_lengths, target_lengths))
+    labels = _labels(log_probs, targets, steps, ends, blank)
+    if labels is None or reduction not in (0, 1, 2):
+        return NotImplemented
+    long = torch.tensor(ends, device=log_probs.device)
+    loss = -_log_probability(log_probs, labels, steps, long, blank)
+    loss = torch.where(loss == math.inf, 0.0, loss) if zero_infinity else loss
+    if reduction:
+        return loss.sum() if reduction == 2 else (loss / long.clamp(min=1)).mean()
+    return loss if batched else loss.squeeze(0)
+
+
+def _labels(log_probs: Tensor, targets: Tensor, steps: Sequence[int], ends: Sequence[int], blank: int) -> Tensor | None:
+    """The targets as (batch, longest), the blank behind the end; None where torch has an error to raise."""
+    if log_probs.dim() != 3 or targets.dim() not in (1, 2) or targets.is_floating_point() or not log_probs.is_floating_point():
+        return None
+    time, batch, classes = log_probs.shape
+    if (
+        not (len(steps) == len(ends) == batch > 0)
+        or min(steps) < 1
+        or max(steps) > time
+        or min(ends) < 0
+        or not 0 <= blank < classes
+    ):
+        return None
+    if (sum(ends) != targets.shape[0]) if targets.dim() == 1 else (targets.shape[0] != batch or targets.shape[1] < max(ends)):
+        return None
+    rows = targets.split(list(ends)) if targets.dim() == 1 else [row[:end] for row, end in zip(targets, ends, strict=True)]
+    return torch.nn.utils.rnn.pad_sequence([row.long() for row in rows], batch_first=True, padding_value=blank)
+
+
+def _log_probability(log_probs: Tensor, labels: Tensor, steps: Sequence[int], ends: Tensor, blank: int) -> Tensor:
+    """log of the sum over paths through blank, l_1, blank, l_2, ..., blank, a step forward or two at a time."""
+    batch, count = labels.shape
+    states = torch.stack([torch.full_like(labels, blank), labels], -1).flatten(1)
+    states = torch.cat([states, states.new_full((batch, 1), blank)], 1)  # (batch, 2 count + 1)
+    leaps = torch.cat([torch.zeros_like(states[:, :2], dtype=torch.bool), states[:, 2:] != states[:, :-2]], 1)[:, : 2 * count + 1]
+    leaps = leaps & (states != blank)
+    heard = log_probs.gather(2, states.expand(len(log_probs), -1, -1))
+    paths = heard[0].masked_fill(torch.arange(2 * count + 1, device=labels.device) > 1, -math.inf)
+    last = torch.tensor(steps, device=labels.device).unsqueeze(1)
+    for t in range(1, max(steps)):
+        one = F.pad(paths, (1, 0), value=-math.inf)[:, :-1]
+        two = F.pad(paths, (2, 0), value=-math.inf)[:, :-2].masked_fill(~leaps, -math.inf)
+        paths = torch.where(t < last, log_of_sum(log_of_sum(paths, one), two) + heard[t], paths)
+    end = 2 * ends.unsqueeze(1)
+    before = paths.gather(1, (end - 1).clamp(min=0)).masked_fill(end == 0, -math.inf)
+    return log_of_sum(paths.gather(1, end), before).squeeze(1)
 
 
 SEQUENCES: Mapping[str, Callable[..., Any]] = MappingProxyType(
@@ -212,6 +303,8 @@ SEQUENCES: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "gru": _layers(_gru_step),
         "rnn_tanh": _layers(_elman_step(torch.tanh)),
         "rnn_relu": _layers(_elman_step(torch.relu)),
+        "ctc_loss": _ctc_loss,
         "_pack_padded_sequence": _pack_padded_sequence,
+        "_pad_packed_sequence": _pad_packed_sequence,
     }
 )

@@ -2,7 +2,8 @@
 
 Products have polynomials for derivatives, also where factors are 0; torch divides by the factors, which reverse over forward mode
 cannot undo. `sinc` is analytic at 0, where the quotient sin(pi x) / (pi x) loses its derivatives to rounding: its series has
-them all. `logcumsumexp` has a forward-mode rule that is wrong after an entry of -inf. Here products and sums are those of pairs,
+them all. `logcumsumexp` has a forward-mode rule that is wrong after an entry of -inf, and `logaddexp` of one
+-inf NaN for a second derivative. Here products and sums are those of pairs,
 then of pairs of pairs, and so on.
 
     SINGULAR : the name of an aten operator -> its composition, by the contract of :mod:`functional_hess.repairs`
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["SINGULAR", "product"]
+__all__ = ["SINGULAR", "log_of_sum", "product"]
 
 _TERMS = tuple((-1) ** k / math.factorial(2 * k + 1) for k in range(11))  # of sin(u) / u in u^2, enough for |u| < 2
 
@@ -63,7 +64,7 @@ def _cumprod(input: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> An
 
 def _logcumsumexp(input: Tensor, dim: int) -> Any:
     """log of the sums of exp(x_j) over j <= i."""
-    return _scan(_log_of_sum, input, dim) if input.is_floating_point() else NotImplemented
+    return _scan(log_of_sum, input, dim) if input.is_floating_point() else NotImplemented
 
 
 def _scan(combine: Callable[[Tensor, Tensor], Tensor], x: Tensor, dim: int) -> Any:
@@ -77,12 +78,29 @@ def _scan(combine: Callable[[Tensor, Tensor], Tensor], x: Tensor, dim: int) -> A
     return x
 
 
-def _log_of_sum(a: Tensor, b: Tensor) -> Tensor:
+def log_of_sum(a: Tensor, b: Tensor) -> Tensor:
     """log(exp(a) + exp(b)), and -inf without derivatives where both are -inf."""
     top = torch.maximum(a, b).detach()
     top = torch.where(top == -math.inf, 0.0, top)  # any constant will do
     total = (a - top).exp() + (b - top).exp()
     return torch.where(total == 0, -math.inf, torch.where(total == 0, 1.0, total).log() + top)
+
+
+def _logaddexp(input: Tensor, other: Tensor) -> Any:
+    """log(exp(x) + exp(y)) = u + log(1 + exp(v - u)), u >= v; where one of them is infinite, u."""
+    if input.dtype != other.dtype or not input.is_floating_point():
+        return NotImplemented
+    first = input >= other
+    larger, smaller = torch.where(first, input, other), torch.where(first, other, input)
+    alone = larger.isinf() | smaller.isinf()
+    return larger + torch.where(alone, 0.0, torch.where(alone, 0.0, smaller - larger).exp().log1p())
+
+
+def _logaddexp2(input: Tensor, other: Tensor) -> Any:
+    """The same to base 2."""
+    scale = math.log(2)
+    natural = _logaddexp(input * scale, other * scale) if isinstance(input, Tensor) else NotImplemented
+    return natural if natural is NotImplemented else natural / scale
 
 
 SINGULAR: Mapping[str, Callable[..., Any]] = MappingProxyType(
@@ -91,5 +109,7 @@ SINGULAR: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "cumprod": _cumprod,
         "sinc": _sinc,
         "logcumsumexp": _logcumsumexp,
+        "logaddexp": _logaddexp,
+        "logaddexp2": _logaddexp2,
     }
 )

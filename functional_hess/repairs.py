@@ -8,7 +8,8 @@ rule that is wrong, a batching rule that takes saved statistics for constants. W
 
 the chain rule gives all its derivatives, so the fused operator may be replaced by the composition while derivatives
 nest, and kept where one derivative is asked for. The compositions are written family by family in the `repaired_*`
-modules, a floor below (DESIGN 2 has one module for all of this; it would hold six ideas). This module makes the table:
+modules, on the floors below. What torch differentiates by a convention, and no composition could mean, is refused there. This
+module makes the table:
 
     REPAIRS : the function that torch hands to ``__torch_function__`` of a mode -> one with the same signature
     FIRST_ORDER_REPAIRS : its keys that need the composition even for one gradient
@@ -28,8 +29,8 @@ their own code, argument checks, warnings and deprecated options included, and s
 What this module does not do: it installs nothing (a transform enters the mode and decides when derivatives nest); it
 does not touch operators that torch has right; it sees neither TorchScript bodies nor ``out=`` variants, sparse
 gradients, nested and quantized tensors. At kinks (ties of a maximum, the hinge of a margin) a composition takes one of
-the one-sided derivatives, and 0 at coincident points. Composed attention, distances and products of `scatter_reduce`
-need the memory that their kernels are there to save.
+the one-sided derivatives, and 0 at coincident points. Composed attention, alignments, distances and products of
+`scatter_reduce` need the memory that their kernels are there to save.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ from functional_hess.repaired_gathers import GATHERS
 from functional_hess.repaired_losses import LOSSES
 from functional_hess.repaired_matrices import MATRICES
 from functional_hess.repaired_norms import NORMS
+from functional_hess.repaired_places import PLACES
+from functional_hess.repaired_refusals import REFUSALS
 from functional_hess.repaired_sampling import SAMPLING
 from functional_hess.repaired_sequences import SEQUENCES
 from functional_hess.repaired_singular import SINGULAR
@@ -130,9 +133,14 @@ def _in_place(composition: Callable[..., Any]) -> Callable[..., Any]:
     return written
 
 
+def _unchunked_cross_entropy(*args: Any, options: Any = None, **kwargs: Any) -> Any:
+    """All logits at once: in chunks, the gradient is computed with the value, and has no derivative or a wrong one."""
+    return F.linear_cross_entropy(*args, **kwargs)
+
+
 # The table.
 
-_IN_PLACE = ("hardsigmoid", "cumprod", "renorm", "ldexp", "sinc", "scatter_reduce", "index_reduce")
+_IN_PLACE = ("hardsigmoid", "cumprod", "renorm", "ldexp", "sinc", "scatter_reduce", "index_reduce", "masked_scatter", "rrelu")
 _FIRST_ORDER = (
     "linalg_solve",
     "linalg_solve_ex",
@@ -141,26 +149,35 @@ _FIRST_ORDER = (
     "linalg_tensorsolve",
     "select_scatter",
     "as_strided_scatter",
+    "max_unpool2d",
+    "max_unpool3d",
+    "tensor_split",
+    "normal",
     "_pack_padded_sequence",
+    "_pad_packed_sequence",
     "cholesky_inverse",
     "cholesky_solve",
 )
 _MAPPED = ("det", "linalg_det", "slogdet", "linalg_slogdet", "logdet", "lstm", "lstm_cell", "gru", "rnn_tanh", "rnn_relu")
 _FRONTS: tuple[Any, ...] = (  # torch's own code around the kernels above
-    *(F.mse_loss, F.huber_loss, F.soft_margin_loss, F.multi_margin_loss, F.multilabel_margin_loss, F.hardsigmoid, F.glu),
+    *(F.mse_loss, F.huber_loss, F.soft_margin_loss, F.multi_margin_loss, F.multilabel_margin_loss, F.hardsigmoid, F.glu, F.rrelu),
+    *(F.max_unpool1d, F.max_unpool2d, F.max_unpool3d, F.embedding, F.ctc_loss),
     *(torch.functional.norm, torch.Tensor.norm, F.normalize, F.grid_sample, torch.functional.chain_matmul),
     *(F.layer_norm, F.batch_norm, F.instance_norm, F.embedding_bag, F.multi_head_attention_forward, torch.functional.cdist),
 )
 
 
 def _table() -> Iterator[tuple[Callable[..., Any], Callable[..., Any]]]:
-    compositions = {**NORMS, **LOSSES, **SEQUENCES, **MATRICES, **DISTANCES, **GATHERS, **SAMPLING, **SINGULAR}
+    compositions = {**NORMS, **LOSSES, **SEQUENCES, **MATRICES, **DISTANCES, **GATHERS, **PLACES, **SAMPLING, **SINGULAR}
+    compositions |= REFUSALS
     compositions |= {f"{name}_": _in_place(compositions[name]) for name in _IN_PLACE}
     for name, composition in compositions.items():
         for op in _entry_points(name):
             yield op, functools.partial(_compose_or_decline, composition, op)
     for front in _FRONTS:
         yield front, _opened(front)
+    if hasattr(F, "linear_cross_entropy"):
+        yield F.linear_cross_entropy, _unchunked_cross_entropy
 
 
 _repairs.update(_table())

@@ -33,7 +33,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 import functional_hess as fh
-from functional_hess import __main__, coloring, plots, report, sparsity, testing
+from functional_hess import __main__, coloring, levels, plots, report, sparsity, testing
 from functional_hess.differences import LawError
 from functional_hess.prepared import PrepareError
 
@@ -70,6 +70,21 @@ def cube(x: Tensor) -> Tensor:
 def kinked(x: Any) -> Tensor:
     """Its slope has kinks at W."""
     return ((x["w"] - 1).relu() ** 2 + (x["w"] - 2).relu() ** 2).sum()
+
+
+def scaled(table: Tensor) -> Tensor:
+    return nn.functional.embedding(torch.tensor([0, 0, 1]), table, scale_grad_by_freq=True).square().sum()
+
+
+def selected(patch: Patch) -> Any:
+    patch.setattr(levels, "REPAIRS", {})
+
+    def f(b: Tensor) -> Tensor:
+        return (torch.masked_select(b, torch.tensor([True, True])) ** 2).sum()
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        return fh.hessian(f, mode="reverse-over-reverse")(B)
 
 
 def drawn(x: Tensor) -> Tensor:
@@ -825,6 +840,27 @@ ROWS: dict[str, list[Row]] = {
             "instead), called at .... Write that op as a composition of differentiable ones, or pass "
             "mode='finite-difference'.",
             checkpointed,
+        ),
+        Row(
+            "2 results",
+            fh.MissingDerivativeError,
+            "hessian: cannot differentiate f twice (reverse-over-reverse: a batching rule gave 2 results for 1 arguments). Write "
+            "that op as a composition of differentiable ones, or pass mode='finite-difference'.",
+            selected,
+        ),
+        Row(
+            "normal",
+            fh.MissingDerivativeError,
+            "normal: torch takes the sample for a constant, so that its derivative would silently be zero. Write mean + std * "
+            "torch.randn_like(mean), or draw it under torch.no_grad().",
+            lambda _: fh.grad(lambda w: torch.normal(w, 1.0).sum())(W),
+        ),
+        Row(
+            "embedding",
+            fh.MissingDerivativeError,
+            "embedding: with scale_grad_by_freq=True the gradient is that of no function, so that it has no derivative to "
+            "return. Leave the option out.",
+            lambda _: fh.hessian(scaled)(torch.ones(2, 2)),
         ),
         Row(
             "randomness",

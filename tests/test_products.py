@@ -513,8 +513,8 @@ class OnceDifferentiable(torch.autograd.Function):
 
 
 def connectionist(x: Tensor) -> Tensor:
-    lengths = torch.tensor([4])
-    return F.ctc_loss(x.reshape(4, 1, 3).log_softmax(-1), torch.tensor([[1, 2]]), lengths, torch.tensor([2]))
+    lengths = torch.tensor([4])  # the kernel itself is not repaired, F.ctc_loss is
+    return torch._ctc_loss(x.reshape(4, 1, 3).log_softmax(-1), torch.tensor([[1, 2]]), lengths, torch.tensor([2]))[0].sum()
 
 
 def cube_once(x: Tensor) -> Tensor:

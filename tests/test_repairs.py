@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jvp, vjp, vmap
 from torch.overrides import TorchFunctionMode
 
+import functional_hess as fh
 from functional_hess.repairs import FIRST_ORDER_REPAIRS, REPAIRS
 
 pytestmark = [  # what some of the operators say of themselves
@@ -256,6 +257,12 @@ CASES = [
     Case("gru", *module(lambda: nn.GRU(1, 2), (3, 2, 1))),
     Case("rnn", *module(lambda: nn.RNN(1, 2, 2, bidirectional=True), (2, 1, 1))),
     Case("rnn with relu", *module(lambda: nn.RNN(2, 2, nonlinearity="relu"), (2, 1, 2))),
+    Case(
+        "ctc_loss",
+        lambda x: F.ctc_loss(x.log_softmax(2), torch.tensor([[1, 1], [2, 0]]), [4, 3], [2, 1], reduction="none"),
+        ((4, 2, 3),),
+        NO_SECOND,
+    ),
     Case("pack_padded_sequence", lambda x: nn.utils.rnn.pack_padded_sequence(x, [3, 1]).data, ((3, 2, 2),), NO_SECOND),
     Case(
         "weight_norm",
@@ -461,6 +468,45 @@ CASES = [
         ((1, 1, 2, 2, 3), (1, 1, 1, 2, 3)),
         FORWARD_RAISES,
     ),
+    *(
+        Case(
+            f"segment_reduce {how}",
+            lambda x, how=how: torch.segment_reduce(x, how, lengths=torch.tensor([2, 1]), initial=0.3),
+            ((3, 2),),
+            NO_SECOND,
+        )
+        for how in ("sum", "mean", "max", "min", "prod")
+    ),
+    Case(
+        "segment_reduce of rows",
+        lambda x: torch.segment_reduce(x, "mean", offsets=torch.tensor([[0, 1, 3], [0, 2, 3]]), axis=1),
+        ((2, 3, 2),),
+        NO_SECOND,
+    ),
+    Case("masked_scatter", lambda x, s: x.masked_scatter(BOOL_MASK, s), ((2, 3), (2,))),
+    Case(
+        "masked_scatter from more than is needed", lambda x, s: x.masked_scatter(BOOL_MASK, s), ((2, 3), (2, 2)), FORWARD_RAISES
+    ),
+    Case("masked_select", lambda x: torch.masked_select(x, BOOL_MASK[0]), ((2, 3),)),
+    Case("max_unpool1d", lambda x: F.max_unpool1d(x, torch.tensor([[[3, 1]], [[0, 2]]]), 2), ((2, 1, 2),)),
+    Case("max_unpool2d", lambda x: F.max_unpool2d(x, torch.tensor([[[[0, 7], [2, 5]]]]), (2, 2)), ((1, 1, 2, 2),)),
+    Case("max_unpool3d", lambda x: F.max_unpool3d(x, torch.tensor([[[[3]]]]), 2), ((1, 1, 1, 1),)),
+    Case("tensor_split", lambda x: torch.tensor_split(x, torch.tensor([1, 2])), ((3, 2),), NO_SECOND),
+    Case(
+        "pad_packed_sequence",
+        lambda x: nn.utils.rnn.pad_packed_sequence(nn.utils.rnn.PackedSequence(x, torch.tensor([2, 2, 1])), True, 0.3, 4),
+        ((5, 2),),
+        NO_SECOND,
+    ),
+    Case("rrelu", lambda x: F.rrelu(x), ((2, 3),), {"vmapped rows": "raises"}),
+    Case("logaddexp", torch.logaddexp, ((2, 3), (3,))),
+    Case("logaddexp2", torch.logaddexp2, ((2, 3), (3,))),
+    Case(
+        "linear_cross_entropy in chunks",
+        lambda x, w: F.linear_cross_entropy(x, w, LABELS[:2], options=nn.LinearCrossEntropyOptions(batch_chunk_size=1)),
+        ((2, 3), (3, 3)),
+        NO_SECOND,
+    ),
     Case("ldexp", lambda x, n: torch.ldexp(x, n), ((2, 3), (3,))),
 ]
 table = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
@@ -564,7 +610,10 @@ def test_torch_alone_still_has_it_wrong_or_raises(case: Case, mode: str) -> None
     x = case.point()
     derivative = third_by if mode == "third" else MODES[mode]
     if case.alone[mode] == "raises":
-        with pytest.raises(RuntimeError, match=r"forward AD|not implemented|ZeroTensors|data pointer|inplace operation"):
+        with pytest.raises(
+            RuntimeError,
+            match="forward AD|not implemented|ZeroTensors|data pointer|support aten::|different size|setup_context|inplace oper",
+        ):
             derivative(case.loss, x)
     else:
         truth = third_by(repaired(case.loss), x) if mode == "third" else true_hessian(case)
@@ -683,6 +732,42 @@ def test_torch_alone_has_the_gradient_of_as_strided_scatter_wrong_and_the_repair
     assert torch.as_strided_scatter in FIRST_ORDER_REPAIRS
     with pytest.raises(NotImplementedError, match="contiguous"):
         grad(lambda x: repaired(f)(x.view(2, 2).T, s[0]))(x[0])
+
+
+TWICE = torch.tensor([[[[0, 3], [3, 5]]]])
+
+
+def test_torch_alone_has_the_gradient_of_unpooling_to_a_place_taken_twice_wrong_and_the_repair_right() -> None:
+    case = Case("", lambda x: F.max_unpool2d(x, TWICE, 2), ((1, 1, 2, 2),))
+    x = case.point()
+    truth = torch.stack([difference(case.loss, x, e) for e in torch.eye(len(x), dtype=x.dtype)])
+    assert relative_error(bare_gradient(case.loss, x), truth) > 0.1
+    assert relative_error(grad(repaired(case.loss))(x), truth) < 1e-9
+    assert_same_call(case.op, *tensors(*case.shapes))
+    assert torch._C._nn.max_unpool2d in FIRST_ORDER_REPAIRS
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop.*masked_scatter_backward:UserWarning")
+def test_torch_alone_forgets_under_vmap_that_masked_select_has_expanded_its_argument_and_the_repair_does_not() -> None:
+    def f(x: Tensor) -> Tensor:
+        return torch.masked_select(x, BOOL_MASK).square().sum()
+
+    x, ones = torch.tensor(0.5, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    theirs, ours = (vmap(vjp(grad(how), x)[1])(ones)[0] for how in (f, repaired(f)))
+    assert theirs.shape != (3,) and torch.equal(ours, 4 * ones)
+
+
+def test_the_second_derivative_of_logaddexp_is_zero_where_one_number_is_infinite() -> None:
+    x = torch.tensor([0.3, -torch.inf], dtype=torch.float64)
+    for op in (torch.logaddexp, torch.logaddexp2):
+        for y in (x.flip(0), torch.full_like(x, -torch.inf)):
+            assert_same_call(op, x, y)
+
+            def f(z: Tensor, op: Any = op, y: Tensor = y) -> Tensor:
+                return op(z, y[0]).sum()
+
+            _, pullback = vjp(grad(repaired(f)), x[:1])
+            assert pullback(x[:1].cos())[0].isfinite().all()
 
 
 def test_float32_lstms_go_to_a_library_without_a_forward_rule_and_the_repair_does_not() -> None:
@@ -817,6 +902,23 @@ def test_losses_have_torchs_arguments_and_errors() -> None:
     assert_same_call(aten.mse_loss, self=X, target=Y)
     assert_same_call(aten.mse_loss.default, X, Y, 2)
     assert_same_call(torch._C._nn.huber_loss, X, Y, 0, 0.3)
+
+
+def test_ctc_loss_has_torchs_arguments_and_errors() -> None:
+    x = tensors((5, 3, 4), seed=14)[0].log_softmax(2)
+    padded, joined = torch.tensor([[1, 2, 2], [3, 3, 1], [2, 1, 3]]), torch.tensor([1, 2, 2, 3, 1])
+    for how in ("none", "mean", "sum", "median"):
+        for infinite in (True, False):
+            assert_same_call(F.ctc_loss, x, padded, (5, 4, 3), (3, 2, 0), reduction=how, zero_infinity=infinite)
+            assert_same_call(F.ctc_loss, x, padded, (5, 1, 3), (3, 3, 3), reduction=how, zero_infinity=infinite)
+        assert_same_call(F.ctc_loss, x, joined, torch.tensor([5, 4, 5]), torch.tensor([3, 1, 1]), reduction=how)
+        assert_same_call(F.ctc_loss, x[:, 0], padded[0], torch.tensor(5), torch.tensor(3), reduction=how)
+        assert_same_call(F.ctc_loss, x, padded - 1, (5, 5, 5), (2, 2, 2), 3, how)
+    assert_same_call(F.ctc_loss, x, padded, (6, 4, 3), (3, 2, 0))
+    assert_same_call(F.ctc_loss, x, padded, (5, 4), (3, 2, 0))
+    assert_same_call(F.ctc_loss, x, joined, (5, 4, 3), (3, 2, 0), 4)
+    assert_same_call(F.ctc_loss, x, padded.double(), (5, 4, 3), (3, 2, 0))
+    assert_same_call(torch.ctc_loss, x, joined, (5, 4, 3), (3, 2, 2))
 
 
 def test_a_deprecated_or_doubtful_argument_still_warns() -> None:
@@ -1045,6 +1147,53 @@ def test_norms_products_and_deviations_have_torchs_arguments_and_errors() -> Non
     assert_same_call(torch.logcumsumexp, X[0, 0], 0)
 
 
+def test_places_and_segments_have_torchs_arguments_and_errors() -> None:
+    mask = X > 0
+    for m in (mask, mask[0], mask.expand(2, 4, 3), torch.tensor(True), mask.int()):
+        for op in (torch.masked_select, torch.Tensor.masked_select):
+            assert_same_call(op, X, m)
+        for source in (Y, Y[:2], torch.tensor(0.3), Y.float()):
+            assert_same_call(torch.masked_scatter, X, m, source)
+            if m.dim() < 3:
+                assert_same_call(torch.Tensor.masked_scatter_, X, m, source)
+    assert_same_call(torch.masked_select, torch.tensor(0.5), torch.tensor(True))
+    for places in (torch.tensor([1, 3]), torch.tensor(2), torch.tensor(5), torch.tensor([2.0]), [1, 3], 2):
+        assert_same_call(torch.tensor_split, X, places)
+        assert_same_call(torch.Tensor.tensor_split, X, places, 1)
+    pooled, indices = F.max_pool2d(IMAGES, 2, return_indices=True)
+    for output_size in (None, (2, 2), (3, 3), (2, 3, 2, 2), (9, 9)):
+        assert_same_call(F.max_unpool2d, pooled, indices, 2, output_size=output_size)
+    assert_same_call(F.max_unpool2d, pooled[0], indices[0], 2)
+    assert_same_call(F.max_unpool2d, pooled, indices + 4, 2)
+    assert_same_call(F.max_unpool2d, pooled, indices[:1], 2)
+    assert_same_call(F.max_unpool2d, pooled[:0], indices[:0], 2)
+    for how in ("sum", "mean", "max", "min", "prod", "median"):
+        for options in (
+            {"lengths": torch.tensor([1, 0, 3])},
+            {"lengths": torch.tensor([1, 0, 3]), "initial": 0.3},
+            {"lengths": torch.tensor([1, 1])},
+            {"lengths": torch.tensor([[1, 2], [3, 0], [0, 3], [1, 2]]), "axis": 1},
+            {"offsets": torch.tensor([0, 2, 4])},
+            {},
+        ):
+            assert_same_call(torch.segment_reduce, X, how, **options)
+
+
+def test_losses_of_scalars_and_leaky_units_have_torchs_arguments_and_errors() -> None:
+    one, zero = torch.tensor(0.5), torch.tensor(0)
+    for how in ("none", "mean"):
+        assert_same_call(F.multi_margin_loss, one, zero, reduction=how)
+        assert_same_call(F.multilabel_margin_loss, one, zero, reduction=how)
+    for training in (True, False):
+        assert_same_call(F.rrelu, X, 0.2, 0.3, training)
+        assert_same_call(F.rrelu, X, training=training, inplace=True)
+        assert_same_call(torch.rrelu_, X, 0.1, 0.5, training)
+    options = nn.LinearCrossEntropyOptions()
+    for how in ("none", "mean", "sum"):
+        assert_same_call(F.linear_cross_entropy, X, Y[:2], LABELS % 2, reduction=how, options=options)
+    assert_same_call(F.linear_cross_entropy, X, Y[:, :2], LABELS, options=options)
+
+
 def test_gathering_and_scattering_have_torchs_arguments_and_errors() -> None:
     for mode in ("sum", "mean", "max", "median"):
         for options in (
@@ -1074,6 +1223,50 @@ def test_gathering_and_scattering_have_torchs_arguments_and_errors() -> None:
     for lengths in ([3, 2, 2], [4, 4, 1], [1, 2, 3], [5, 1, 1], [2, 1, 0], [2, 1]):
         assert_same_call(lambda x, n: nn.utils.rnn.pack_padded_sequence(x, n), X.expand(3, 4, 3).transpose(0, 1), lengths)
         assert_same_call(lambda x, n: nn.utils.rnn.pack_padded_sequence(x, n, batch_first=True), X.expand(3, 4, 3), lengths)
+    for sizes in ([2, 1, 1], [4], [1, 1, 1, 1], [3, 2]):
+        for options in ((), (True,), (False, 0.3, 5), (True, 0.0, 1)):
+            rows = nn.utils.rnn.PackedSequence(X, torch.tensor(sizes))
+            assert_same_call(nn.utils.rnn.pad_packed_sequence, rows, *options)
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+def test_a_sample_is_refused_only_where_its_parameters_are_differentiated() -> None:
+    def drawn(x: Tensor, **options: Any) -> Tensor:
+        return (torch.normal(x.detach(), 1.0, **options) * x).sum()
+
+    def scored(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            sample = torch.distributions.Normal(x, 1.0).sample()
+        return torch.distributions.Normal(x, 1.0).log_prob(sample).sum()
+
+    def noisy(x: Tensor) -> Tensor:
+        return vmap(lambda row: (torch.normal(row.detach(), 1.0) * row).sum(), randomness="different")(x).sum()
+
+    for f in (drawn, noisy, scored):
+        assert fh.grad(f)(X).isfinite().all()
+    for f in (lambda x: torch.normal(x, 1.0).sum(), lambda x: torch.normal(0.0, std=x.exp()).sum()):
+        calls: tuple[Any, ...] = (
+            fh.grad(f),
+            functools.partial(fh.jvp, f, (X,)),
+            functools.partial(fh.hvp, f, X, randomness="same"),
+            fh.hessian(f, randomness="same"),
+        )
+        for call, argument in zip(calls, (X, (X,), X, X), strict=True):
+            with pytest.raises(fh.MissingDerivativeError, match="normal: torch takes the sample for a constant"):
+                call(argument)
+
+
+def test_a_scaled_embedding_is_refused_only_where_it_is_differentiated_twice() -> None:
+    def f(table: Tensor, scale: bool = True) -> Tensor:
+        return F.embedding(BAG, table, scale_grad_by_freq=scale).square().sum()
+
+    assert torch.equal(fh.grad(f)(X), bare_gradient(f, X))
+    with pytest.raises(fh.MissingDerivativeError, match="scale_grad_by_freq"):
+        fh.hvp(f, X, X)
+    assert fh.hvp(lambda w: f(X) * (w**2).sum(), W, W).isfinite().all()  # a constant
+    torch.testing.assert_close(fh.hvp(lambda x: f(x, False), X, X), fh.grad(lambda x: f(x, False))(X))
 
 
 # ----------------------------------------------------------------------------------------------------- singular points
