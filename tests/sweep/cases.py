@@ -324,12 +324,13 @@ _add("pixel_shuffle", lambda x: F.pixel_shuffle(x, 2), _normal(1, 4, 2, 2))
 # Embeddings, attention, recurrence ----------------------------------------------------------------------------------------
 
 _add("embedding", lambda w, i: F.embedding(i, w), _normal(4, 2), constants=(_labels(4, 3, 2),))
-_add(
-    "embedding padded, scaled",
-    lambda w, i: F.embedding(i, w, padding_idx=1, scale_grad_by_freq=True),
-    _normal(4, 2),
-    constants=(_labels(4, 5),),
+_add(  # whose padding row is a constant, as torch's gradient has it
+    "embedding padded",
+    lambda w, p, i: F.embedding(i, torch.cat([w[:1], p, w[1:]]), padding_idx=1),
+    _normal(3, 2),
+    constants=(_normal(1, 2), _labels(4, 5)),
 )
+_add("embedding scaled", lambda w, i: F.embedding(i, w, scale_grad_by_freq=True), _normal(4, 2), constants=(_labels(4, 9),))
 for _mode in ("sum", "mean", "max"):
     _add(
         f"embedding_bag {_mode}",

@@ -30,7 +30,8 @@ DIRECTIONS = 5  # a larger one along so many directions
 class Case:
     """``op(*leaves, *constants)`` returns a tensor or any nest of lists, tuples and dicts of them.
 
-    ``random`` says that it draws numbers: then every evaluation starts from one seed.
+    ``random`` says that it draws numbers: then every evaluation starts from one seed. ``by_convention`` says that torch
+    defines the gradient to leave something out (a padding row is a constant), so that values say nothing about it.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Case:
     leaves: tuple[Tensor, ...]
     constants: tuple[Tensor, ...] = ()
     random: bool = False
+    by_convention: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +47,14 @@ class Problem:
     """A scalar ``f(*x)`` in one dtype, at the point ``x``.
 
     ``seed`` is for an f that draws numbers. ``rounds`` says that f goes through a narrower dtype: it is a staircase then, about
-    which differences say nothing.
+    which differences say nothing. ``by_convention`` is that of the case.
     """
 
     f: Callable[..., Tensor]
     x: tuple[Tensor, ...]
     seed: int | None = None
     rounds: bool = False
+    by_convention: bool = False
 
 
 def problem_of(case: Case, readout: str, dtype: torch.dtype) -> Problem:
@@ -81,7 +84,7 @@ def problem_of(case: Case, readout: str, dtype: torch.dtype) -> Problem:
     def f(*z: Tensor) -> Tensor:
         return finish(out(*z))
 
-    return Problem(f, start, seed, narrow)
+    return Problem(f, start, seed, narrow, case.by_convention)
 
 
 def _inside(x: Tensor, small: int, directions: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

@@ -1,8 +1,10 @@
 """Runs the sweep and prints it as a table: ``PYTHONPATH=tests python -m sweep.run``.
 
-Groups of cases are dealt to worker processes. A process that dies or hangs costs the one (case, dtype, call) that was under
-way, which counts as a crash; another process goes on with the rest of the group. With ``--keep`` the counts are written to
-``counts.json``, with which ``tests/test_op_sweep.py`` compares.
+This is the whole sweep, and the slow test runs the same: every operation of torch's database that is differentiable, up to four
+sample inputs each, and every case of the project's own table. Groups of cases are dealt to worker processes. A process that
+dies or hangs costs the one (case, dtype, call) that was under way, which counts as a crash; another process goes on with the
+rest of the group. With ``--keep`` the counts are written to ``counts.json``, with which ``tests/test_op_sweep.py`` compares; the
+README has their table.
 """
 
 from __future__ import annotations
@@ -211,7 +213,7 @@ def worse(now: Mapping[str, Any], kept: Mapping[str, Any]) -> list[str]:
             for call, before in calls.items():
                 row = now.get(source, {}).get(dtype, {}).get(call, {})
                 where = f"{source}, {dtype}, {call}"
-                if call in OURS and row.get("right", 0) < before["right"]:
+                if call in OURS and row.get("right", 0) < before.get("right", 0):
                     complaints.append(f"{where}: {row.get('right', 0)} right, were {before['right']}")
                 if call in OURS and sum(row.values()) < sum(before.values()):
                     complaints.append(f"{where}: {sum(row.values())} cases, were {sum(before.values())}")
@@ -223,7 +225,7 @@ def worse(now: Mapping[str, Any], kept: Mapping[str, Any]) -> list[str]:
 
 
 def table(tree: Mapping[str, Any]) -> str:
-    """The counts by call, sources and dtypes together, as markdown."""
+    """The counts by call, those of the package first, sources and dtypes together, as markdown."""
     total: dict[str, collections.Counter[str]] = {}
     for dtypes in tree.values():
         for calls in dtypes.values():
@@ -231,8 +233,12 @@ def table(tree: Mapping[str, Any]) -> str:
                 if call not in ("truth", "load"):
                     total.setdefault(call, collections.Counter()).update(row)
     lines = [f"|  | {' | '.join(VERDICTS)} |", "| --- |" + " --- |" * len(VERDICTS)]
-    lines += [f"| {call} | {' | '.join(f'{row[v]:,}' for v in VERDICTS)} |" for call, row in total.items()]
+    lines += [f"| {call} | {' | '.join(f'{row[v]:,}' for v in VERDICTS)} |" for call, row in sorted(total.items(), key=_place)]
     return "\n".join(lines)
+
+
+def _place(item: tuple[str, Any]) -> int:
+    return [*OURS, *PEERS].index(item[0])
 
 
 def main() -> None:
