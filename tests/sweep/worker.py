@@ -126,11 +126,10 @@ def judged(call: str, problem: Problem, truth: Truth) -> tuple[str, str]:
 
 
 def _is_refusal(error: BaseException) -> bool:
-    """An error class of the package, or an error whose text begins with the verb that was called."""
-    if type(error).__module__.startswith("functional_hess"):
-        return True
-    verbs = ("hvp:", "hessian:", "hessian_rows:", "hessian_diagonal:", "vmap:")
-    return isinstance(error, (TypeError, ValueError, NotImplementedError)) and str(error).startswith(verbs)
+    """An error class of the package, or an error about what was asked for that the package itself raises."""
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    own = isinstance(error, (TypeError, ValueError, NotImplementedError)) and raised_in.startswith(os.path.dirname(fh.__file__))
+    return own or type(error).__module__.startswith("functional_hess")
 
 
 def _last_frames(error: BaseException) -> str:
