@@ -14,6 +14,7 @@ module makes the table:
     REPAIRS : the function that torch hands to ``__torch_function__`` of a mode -> one with the same signature
     FIRST_ORDER_REPAIRS : its keys that need the composition even for one gradient
     MAPPED_REPAIRS : its keys that need it for one gradient where a `vmap` is active
+    REFUSALS : functions for which no composition stands -> what raises, by name and with the remedy, given their arguments
 
 In forward mode most of these operators have no rule, and three a wrong one (`cholesky_inverse`, `triangular_solve`,
 products of `scatter_reduce`), at first order already: a transform should swap as soon as one level of forward mode is
@@ -46,6 +47,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from functional_hess.nesting import is_outermost, is_watched, is_wrapped
 from functional_hess.repaired_distances import DISTANCES
 from functional_hess.repaired_gathers import GATHERS
 from functional_hess.repaired_losses import LOSSES
@@ -57,7 +59,7 @@ from functional_hess.repaired_sampling import SAMPLING
 from functional_hess.repaired_sequences import SEQUENCES
 from functional_hess.repaired_singular import SINGULAR
 
-__all__ = ["REPAIRS", "FIRST_ORDER_REPAIRS", "MAPPED_REPAIRS"]
+__all__ = ["REPAIRS", "FIRST_ORDER_REPAIRS", "MAPPED_REPAIRS", "REFUSALS"]
 
 _repairs: dict[Callable[..., Any], Callable[..., Any]] = {}
 REPAIRS: Mapping[Callable[..., Any], Callable[..., Any]] = MappingProxyType(_repairs)
@@ -185,3 +187,22 @@ FIRST_ORDER_REPAIRS: frozenset[Callable[..., Any]] = frozenset(op for name in _F
 MAPPED_REPAIRS: frozenset[Callable[..., Any]] = frozenset(op for name in _MAPPED for op in _entry_points(name)) | {
     torch.functional.chain_matmul
 }
+
+
+# What is refused.
+
+
+def _refuse_max_norm(front: FunctionType, *args: Any, **kwargs: Any) -> None:
+    """Rows above a bound are scaled in place, without a derivative: in the caller's own tensor, if that is differentiated."""
+    given = inspect.signature(front).bind(*args, **kwargs).arguments
+    weight = given["weight"]
+    if given.get("max_norm") is not None and (is_wrapped(weight, 0) or is_outermost()) and is_watched(weight):
+        raise NotImplementedError(
+            f"{front.__name__}: max_norm writes into weight, whose rows it scales without a derivative; leave it out and pass "
+            "torch.renorm(weight, norm_type, 0, max_norm) for weight, or differentiate by another argument."
+        )
+
+
+REFUSALS: Mapping[Callable[..., Any], Callable[..., None]] = MappingProxyType(
+    {front: functools.partial(_refuse_max_norm, front) for front in (F.embedding, F.embedding_bag)}
+)

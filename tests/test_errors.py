@@ -767,6 +767,15 @@ ROWS: dict[str, list[Row]] = {
             lambda _: fh.grad(lambda x: torch.as_strided_scatter(x.view(2, 2).T, W, (2,), (1,)).sum())(torch.ones(4)),
         ),
         Row(
+            "weight",
+            NotImplementedError,
+            "embedding: max_norm writes into weight, whose rows it scales without a derivative; leave it out and pass "
+            "torch.renorm(weight, norm_type, 0, max_norm) for weight, or differentiate by another argument.",
+            lambda _: fh.hvp(
+                lambda w: torch.nn.functional.embedding(torch.tensor([0]), w, max_norm=1.0).sum(), torch.eye(2), torch.eye(2)
+            ),
+        ),
+        Row(
             "args[0]['b']",
             ValueError,
             "vmap: in_dims must be a dimension of args[0]['b'], of shape (), got 1.",

@@ -405,6 +405,19 @@ def test_inside_another_derivative_a_product_avoids_the_modes_that_torch_has_wro
         assert (derivative(lambda x: curvature(x, FORWARD)) - truth).abs() > 1e-2 * truth.abs()
 
 
+@pytest.mark.parametrize("verb", [lambda f, w: grad(f)(w), lambda f, w: hvp(f, w, w), lambda f, w: hvp(f, w, w, mode=DOUBLE)])
+@pytest.mark.parametrize("front", [F.embedding, F.embedding_bag])
+def test_an_embedding_that_scales_its_rows_in_place_is_refused_and_leaves_the_point_alone(verb: Any, front: Any) -> None:
+    w, rows = 3 * numbers(3, 2), torch.tensor([[0, 2]])
+    before = w.clone()
+    with pytest.raises(NotImplementedError, match=r"max_norm writes into weight.*torch\.renorm"):
+        verb(lambda w: front(rows, w, max_norm=1.0).sin().sum(), w)
+    assert torch.equal(w, before)
+    bounded = hvp(lambda w: front(rows, torch.renorm(w, 2.0, 0, 1.0)).sin().sum(), w, w)
+    held = hvp(lambda x: (front(rows, w.clone(), max_norm=1.0) * x).sin().sum(), x := numbers(2), x)
+    assert bool(bounded.isfinite().all()) and bool(held.isfinite().all())
+
+
 def test_what_only_plain_autograd_can_enter_has_its_gradient_and_its_graph_too():
     def f(x: Tensor) -> tuple[Tensor, str]:
         return OldStyleCube.apply(x).sum(), "text"
