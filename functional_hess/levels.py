@@ -40,7 +40,7 @@ from functional_hess.nesting import (
     moves,
     requires_grad_outside,
 )
-from functional_hess.repairs import FIRST_ORDER_REPAIRS, MAPPED_REPAIRS, REFUSALS, REPAIRS
+from functional_hess.repairs import FIRST_ORDER_REPAIRS, MAPPED_REPAIRS, REPAIRS, WRITTEN
 from functional_hess.tree import Space, tensors_of
 
 __all__ = [
@@ -89,8 +89,8 @@ class _Repairs(TorchFunctionMode):
         kwargs = kwargs or {}
         if (generator := kwargs.get("generator")) is not None:
             self.generators.setdefault(generator, generator.get_state())
-        if func in REFUSALS:
-            REFUSALS[func](*args, **kwargs)
+        if func in WRITTEN:
+            WRITTEN[func](*args, **kwargs)
         composition = REPAIRS.get(func)
         if composition is None or not self._needed(func, args, kwargs):
             return func(*args, **kwargs)

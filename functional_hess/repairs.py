@@ -14,7 +14,7 @@ module makes the table:
     REPAIRS : the function that torch hands to ``__torch_function__`` of a mode -> one with the same signature
     FIRST_ORDER_REPAIRS : its keys that need the composition even for one gradient
     MAPPED_REPAIRS : its keys that need it for one gradient where a `vmap` is active
-    REFUSALS : functions for which no composition stands -> what raises, by name and with the remedy, given their arguments
+    WRITTEN : functions that write into an argument -> what raises, by name and with the remedy, where that is differentiated
 
 In forward mode most of these operators have no rule, and three a wrong one (`cholesky_inverse`, `triangular_solve`,
 products of `scatter_reduce`), at first order already: a transform should swap as soon as one level of forward mode is
@@ -59,7 +59,7 @@ from functional_hess.repaired_sampling import SAMPLING
 from functional_hess.repaired_sequences import SEQUENCES
 from functional_hess.repaired_singular import SINGULAR
 
-__all__ = ["REPAIRS", "FIRST_ORDER_REPAIRS", "MAPPED_REPAIRS", "REFUSALS"]
+__all__ = ["REPAIRS", "FIRST_ORDER_REPAIRS", "MAPPED_REPAIRS", "WRITTEN"]
 
 _repairs: dict[Callable[..., Any], Callable[..., Any]] = {}
 REPAIRS: Mapping[Callable[..., Any], Callable[..., Any]] = MappingProxyType(_repairs)
@@ -203,6 +203,6 @@ def _refuse_max_norm(front: FunctionType, *args: Any, **kwargs: Any) -> None:
         )
 
 
-REFUSALS: Mapping[Callable[..., Any], Callable[..., None]] = MappingProxyType(
+WRITTEN: Mapping[Callable[..., Any], Callable[..., None]] = MappingProxyType(
     {front: functools.partial(_refuse_max_norm, front) for front in (F.embedding, F.embedding_bag)}
 )
