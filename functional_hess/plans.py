@@ -396,7 +396,8 @@ class SparsePlan:
     def _require_trust(self, tensors: Tensors) -> None:
         memo = self._memo
         others = any(tensors[i] is not seen.tensor or seen.changed for i, seen, _ in memo.fixed)
-        if (self.origin != DETECTED and WHOLE not in memo.certified) or others or any(held.replaced for held in memo.held):
+        others = others or any(c.changed for c in memo.captured) or any(held.replaced for held in memo.held)
+        if others or (self.origin != DETECTED and WHOLE not in memo.certified):
             raise SparsityError(
                 f"{self.verb}: inside another transform entries cannot be certified, and this plan needs it (its pattern was not "
                 "detected and never certified, or what it rests on has changed). Call it once outside, or make a new plan."
