@@ -1,14 +1,16 @@
 """The sweep over operations: its judge, its processes and its counts can be believed; and some of its cases.
 
 What is quick is here: a few operations in every call, and what the judge says to answers that are known to be right, wrong,
-refused or undecidable.
+refused or undecidable. The whole sweep is one slow test, the same that `python -m sweep.run` runs.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,10 +20,12 @@ import torch.nn.functional as F
 from sweep import cases, opinfo, worker
 from sweep.judge import NoGradient, Truth, compare, truth_of
 from sweep.problems import READOUTS, Case, problem_of
-from sweep.run import Died, Outcome, counts, sweep, table, worse
+from sweep.run import COUNTS, Died, Outcome, counts, sweep, table, worse
 from torch import Tensor
 
 QUICK = "^(mse_loss.mean.|layer_norm|attention|cholesky_inverse of a full matrix|multi_margin_loss p=2.mean.|sort)$"
+KEPT = json.loads(COUNTS.read_text())
+README = Path(__file__).parents[1] / "README.md"
 
 
 # ----------------------------------------------------------------------------------------------------------- the sweep
@@ -37,6 +41,21 @@ def test_a_few_operations_are_right_in_every_call():
     assert [o for o in ours if o.verdict != "right"] == []
     # and the sweep sees what torch alone gets wrong
     assert {o.verdict for o in outcomes if o.call == "torch.func.hessian" and "layer_norm" in o.key} == {"wrong"}
+
+
+@pytest.mark.slow
+def test_the_whole_sweep_has_nothing_wrong_and_is_no_worse_than_it_was():
+    outcomes = sweep()
+    bad = [o for o in outcomes if o.verdict in ("wrong", "crash") and o.call not in worker.PEERS]
+    assert bad == []
+    assert worse(counts(outcomes), KEPT) == []
+
+
+def test_the_readme_has_the_counts_that_are_kept():
+    assert table(KEPT) in README.read_text()
+    assert worse(KEPT, KEPT) == []
+    truths = sum(KEPT[source]["-"]["truth"].get(kind, 0) for source in worker.SOURCES for kind in ("truth", "by values"))
+    assert f"{truths:,} problems" in README.read_text()
 
 
 def test_the_table_of_the_project_is_large_enough():
