@@ -1,4 +1,4 @@
-"""Attention, recurrent layers and alignments as compositions of differentiable operators.
+"""Attention, recurrent layers, convolutions in time and alignments as compositions of differentiable operators.
 
 The fused kernels have no second derivative (attention: pytorch#116350; CTC), or go to a library (oneDNN for a float32 LSTM on the
 CPU, cuDNN) without a forward-mode rule and, for cuDNN, without a double backward (pytorch#5261). The compositions need the
@@ -294,6 +294,11 @@ def _log_probability(log_probs: Tensor, labels: Tensor, steps: Sequence[int], en
     return log_of_sum(paths.gather(1, end), before).squeeze(1)
 
 
+def _conv_tbc(self: Tensor, weight: Tensor, bias: Tensor, pad: int = 0) -> Tensor:
+    """A convolution along the first dimension, of (time, batch, channels): the kernel has no forward and no batching rule."""
+    return F.conv1d(self.permute(1, 2, 0), weight.permute(2, 1, 0), bias, padding=pad).permute(2, 0, 1)
+
+
 SEQUENCES: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
         "scaled_dot_product_attention": _attention,
@@ -303,6 +308,7 @@ SEQUENCES: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "gru": _layers(_gru_step),
         "rnn_tanh": _layers(_elman_step(torch.tanh)),
         "rnn_relu": _layers(_elman_step(torch.relu)),
+        "conv_tbc": _conv_tbc,
         "ctc_loss": _ctc_loss,
         "_pack_padded_sequence": _pack_padded_sequence,
         "_pad_packed_sequence": _pad_packed_sequence,

@@ -259,6 +259,12 @@ CASES = [
     Case("rnn", *module(lambda: nn.RNN(1, 2, 2, bidirectional=True), (2, 1, 1))),
     Case("rnn with relu", *module(lambda: nn.RNN(2, 2, nonlinearity="relu"), (2, 1, 2))),
     Case(
+        "conv_tbc",
+        lambda x, w, b: torch.conv_tbc(x, w, b, 1),
+        ((4, 2, 2), (2, 2, 2), (2,)),
+        FORWARD_RAISES,
+    ),
+    Case(
         "ctc_loss",
         lambda x: F.ctc_loss(x.log_softmax(2), torch.tensor([[1, 1], [2, 0]]), [4, 3], [2, 1], reduction="none"),
         ((4, 2, 3),),
