@@ -9,6 +9,7 @@ from functional_hess.jacobians import jacfwd, jacrev
 from functional_hess.levels import DependenceError
 from functional_hess.modules import functionalize_module
 from functional_hess.plans import SparsePlan
+from functional_hess.per_sample import sample_gradient_norms, sample_gradients
 from functional_hess.prepared import prepare
 from functional_hess.products import grad_and_hvp, hvp
 from functional_hess.risk import empirical_risk
@@ -44,6 +45,8 @@ __all__ = [
     "vmap",
     # sums over samples
     "empirical_risk",
+    "sample_gradients",
+    "sample_gradient_norms",
     # second order
     "hvp",
     "grad_and_hvp",

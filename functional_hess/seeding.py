@@ -89,6 +89,8 @@ class Lift:
         eps: Mapping[Key, Tensor],
         moves: Callable[[Key], Any] | None = None,
         severed: Mapping[Key, Tensor] | None = None,
+        *,
+        apart: bool = False,
     ) -> Run:
         """The loss with perturbations by group.
 
@@ -97,11 +99,13 @@ class Lift:
             eps: the perturbations, shaped as :meth:`zeros`.
             moves: gives for a group what is added to its perturbation, as a function of the features.
             severed: constants, shaped as :meth:`zeros`, with which sites go on (:class:`functional_hess.sites.Lifted`).
+            apart: every sample perturbs the direct leaves by its own, too.
         """
-        shifted = [site.key for site in self.found.sites if site.key in eps]
+        leaves = [("leaf", k) for k in self.found.direct if ("leaf", k) in eps]
+        shifted = [*(site.key for site in self.found.sites if site.key in eps), *(leaves if apart else [])]
         cut = [] if severed is None else list(severed)
         copies = (*(eps[key] for key in shifted), *((severed or {})[key] for key in cut))
-        direct = {k: eps["leaf", k] for k in self.found.direct if ("leaf", k) in eps}
+        shared = {} if apart else {name: eps[name][0] for name in leaves}
         met: list[tuple[Key, str]] = []
 
         def moved(key: Key, e: Tensor) -> Any:
@@ -109,15 +113,15 @@ class Lift:
             return (lambda h: e + move(h)) if move else e
 
         def of_copy(*given: Tensor) -> Tensors:
-            leaves = [t.view_as(t) for t in self.x]  # an alias each, so that a tensor in two leaves is two
-            for k, e in direct.items():
-                shift: Any = moved(("leaf", k), e[0])
-                shift = shift(e.new_ones(1, 1)) if callable(shift) else shift
-                leaves[k] = leaves[k] + shift.view(leaves[k].shape)
-            shifts = {key: moved(key, e) for key, e in zip(shifted, given, strict=False)}
+            x = [t.view_as(t) for t in self.x]  # an alias each, so that a tensor in two leaves is two
+            shifts = {key: moved(key, e) for key, e in (*zip(shifted, given, strict=False), *shared.items())}
+            for name in leaves:
+                shift: Any = shifts.pop(name)
+                shift = shift(x[name[1]].new_ones(1, 1)) if callable(shift) else shift
+                x[name[1]] = x[name[1]] + shift.view(x[name[1]].shape)
             constants = None if severed is None else dict(zip(cut, given[len(shifted) :], strict=False))
-            with Lifted(leaves, self.found, shifts, constants) as run:
-                value = self.risk.sample_loss(self.at(leaves), *samples.rebuild(given[len(copies) :]))
+            with Lifted(x, self.found, shifts, constants) as run:
+                value = self.risk.sample_loss(self.at(x), *samples.rebuild(given[len(copies) :]))
             features = {(site.key, "h"): run.features[site.key] for site in self.found.sites if run.features[site.key]}
             outputs = {(site.key, "z"): run.outputs[site.key] for site in self.found.sites if run.outputs}
             met[:] = [*features, *outputs]

@@ -1257,6 +1257,12 @@ ROWS: dict[str, list[Row]] = {
             lambda _: fh.empirical_risk(squares, 3),
         ),
         Row(
+            "no risk",
+            TypeError,
+            "sample_gradient_norms: expected a risk, got function. Write the loss of one sample and pass empirical_risk(loss).",
+            lambda _: fh.sample_gradient_norms(squares),
+        ),
+        Row(
             "batch",
             TypeError,
             "empirical_risk: batch must hold tensors with samples along their first dimension, got int.",

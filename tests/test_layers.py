@@ -38,7 +38,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("seeding",),
     ("elimination",),
     ("lifting", "blocks", "colored", "plans"),
-    ("second_order", "sparse"),
+    ("second_order", "per_sample", "sparse"),
     ("operators",),
     ("curvature", "solvers", "krylov"),
     ("stochastic", "implicit"),
