@@ -24,7 +24,7 @@ from torch import Tensor
 from functional_hess.chunking import WORKING_SET
 from functional_hess.sites import Entry, Site
 
-__all__ = ["Pair", "add_block", "blocks_of", "diagonal_of"]
+__all__ = ["Pair", "add_block", "blocks_of", "diagonal_of", "product_of"]
 
 ENOUGH = 128  # samples from which on half of the products are worth putting the other half in its places
 
@@ -162,6 +162,17 @@ def _slope(hs: Tensor, g: Tensor, D: Tensor) -> Tensor:
     half = g.mT @ D.permute(2, 3, 0, 1, 4).reshape(N, T, S * o * P)  # (n, k, (a i p))
     turned = half.view(N, q, S, o, P).permute(0, 2, 3, 1, 4).reshape(N * S, o * q * P)
     return (hs.reshape(N * S, J).T @ turned).view(J, o, q, P).transpose(0, 1)
+
+
+def product_of(pair: Pair, Vs: Tensor, Vt: Tensor) -> tuple[Tensor, Tensor]:
+    """What a pair adds to H v at the entries of s, and by its mirror image at those of t; v is Vs (i, j) and Vt (k, p)."""
+    ws, wt = pair.hs @ Vs.T, pair.ht @ Vt.T
+    at_s = torch.einsum("naj,ainbk,nbk->ij", pair.hs, pair.A, wt)
+    at_t = torch.einsum("nai,ainbk,nbp->kp", ws, pair.A, pair.ht)
+    if pair.D is not None:
+        at_s += torch.einsum("naj,ainbp,nbp->ij", pair.hs, pair.D, pair.g @ Vt)
+        at_t += torch.einsum("nai,ainbp,nbk->kp", ws, pair.D, pair.g)
+    return at_s, torch.zeros_like(at_t) if pair.same else at_t
 
 
 def add_block(block: Tensor, a: Tensor, b: Tensor, values: Tensor) -> None:

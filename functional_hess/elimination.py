@@ -1,4 +1,4 @@
-"""The exact diagonal of the Hessian where each affine site is read by the next one alone: few columns, stage by stage.
+"""Curvature stage by stage, where each affine site is read by the next one alone; of the diagonal, in few columns.
 
 In a chain of sites, z_t is a function Phi_t of z_s, the site before it, and of the direct leaves that enter there. With
 J = dz_t/dz_s and g_t = dL/dz_t, the Hessian of the loss of a sample in z_s is
@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 
 from functional_hess.chunking import WORKING_SET
+from functional_hess.contraction import Pair
 from functional_hess.levels import flat_jvp, flat_value_and_grad, flat_vjp, flat_vmap
 from functional_hess.risk import Part
-from functional_hess.seeding import Lift
+from functional_hess.seeding import Lift, Wanted
 from functional_hess.sites import Key, Site
 
-__all__ = ["chained", "diagonal_by_stages", "samples_of_a_stage"]
+__all__ = ["chained", "diagonal_by_stages", "pairs_by_stages", "samples_of_a_stage", "samples_of_all_stages"]
 
 Tensors = tuple[Tensor, ...]
 Contribution = tuple[int, Tensor, Tensor]
@@ -147,33 +148,39 @@ class _Stages:
             return run.value, run.features
 
         (_, h), g = flat_value_and_grad(loss, tuple(plan.zeros(s, samples) for s in sites), verb="hessian_diagonal")
-        cut = plan.run(samples, {}, severed={})
+        cut = plan.run(samples, {}, severed={}, patches=False)
         flat = frozenset(s.key for s in sites if s.positions == 1 and s.key in cut.features and s.key not in plan.found.beside)
         return cls(plan, samples, cut.outputs, h, dict(zip(keys, g, strict=True)), flat)
 
-    def severed_run(self, eps: dict[Key, Tensor]) -> Any:
-        return self.plan.run(self.samples, eps, severed=self.z)
+    def severed_run(self, eps: dict[Key, Tensor], *, patches: bool = False) -> Any:
+        return self.plan.run(self.samples, eps, severed=self.z, patches=patches)
 
-    def gradients(self, names: Sequence[Key], readers: Sequence[Key]) -> Callable[..., tuple[Tensors, Tensors]]:
-        """Of what the sites (or the loss, ``None``) in ``readers`` make of perturbations, with g held; outputs go along."""
+    def gradients(self, names: Sequence[Key], readers: Sequence[Key], features: bool) -> Callable[..., tuple[Tensors, Tensors]]:
+        """Of what the sites (or the loss, ``None``) in ``readers`` make of perturbations, with g held.
+
+        Their outputs go along, and their ``features``.
+        """
 
         def gradients(*eps: Tensor) -> tuple[Tensors, Tensors]:
             def paired(*eps: Tensor) -> tuple[Tensor, Any]:
-                run = self.severed_run(dict(zip(names, eps, strict=True)))
+                run = self.severed_run(dict(zip(names, eps, strict=True)), patches=features)
                 paired = [run.value if key is None else (self.g[key] * run.outputs[key]).sum() for key in readers]
-                return torch.stack(paired).sum(), [run.outputs[key] for key in readers if key is not None]
+                read = [key for key in readers if key is not None]
+                return torch.stack(paired).sum(), [
+                    kept[key] for kept in (run.outputs, run.features)[: 1 + features] for key in read
+                ]
 
             (_, outputs), gradient = flat_value_and_grad(paired, eps, verb="hessian_diagonal")
             return (*gradient, *outputs), ()
 
         return gradients
 
-    def pushed(self, names: Sequence[Key], readers: Sequence[Key], seeds: Sequence[Tensor]) -> Tensors:
-        """Derivatives of these gradients, and of the outputs, along stacked seeds."""
+    def pushed(self, names: Sequence[Key], readers: Sequence[Key], seeds: Sequence[Tensor], *, features: bool = False) -> Tensors:
+        """Derivatives of these gradients, and of outputs and features, along stacked seeds."""
         zeros = tuple(self.zeros(name) for name in names)
         copies = 1 if self.plan.whole else len(self.samples)
         step = max(1, int(WORKING_SET / (3 * self.plan.saved * copies + 1)))
-        along = flat_vmap(lambda *v: flat_jvp(self.gradients(names, readers), zeros, v)[1])
+        along = flat_vmap(lambda *v: flat_jvp(self.gradients(names, readers, features), zeros, v)[1])
         parts = [along(*some) for some in zip(*(seed.split(step) for seed in seeds), strict=True)]
         return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
 
@@ -270,3 +277,85 @@ def _of_direct(stages: _Stages, site: Site | None, terms: Sequence[Term], inputs
         group = next(group for group in stages.plan.groups if group.key == name)
         (entry,) = group.entries
         yield entry.leaf, entry.index.flatten(), values
+
+
+# ---------------------------------------------------------------------------------------------------- all pairs
+
+
+def pairs_by_stages(plan: Lift, samples: Part, wanted: Wanted) -> Iterator[Pair]:
+    """All pairs s <= t that are wanted: seeds go no farther than the next site, matrix products the rest of the way."""
+    stages, sites = _Stages.of(plan, samples), _sites(plan)
+    A: dict[tuple[Key, Key], Tensor] = {}
+    D: dict[tuple[Key, Key], Tensor] = {}
+    done: list[Key] = []
+    for number in reversed(range(len(sites) + 1)):
+        t = sites[number].key if number < len(sites) else None
+        before = [sites[number - 1].key] if number else []
+        names = [*sorted(name for name in plan.found.inputs[t] if name not in plan.found.reads), *before]
+        if not names:
+            continue
+        R, J, own = _stage(stages, names, t)
+        for a in names:
+            for u in done if t is not None else ():
+                A[a, u] = J[a].mT @ A[t, u]
+                A[u, a] = A[a, u].mT
+                if (u, t) in D:
+                    D[u, a] = D[u, t] @ J[a][:, None]
+        for i, a in enumerate(names):
+            for b in names[i:]:
+                A[a, b] = R[a, b] if t is None else _added(J[a].mT @ A[t, t] @ J[b], R[a, b])
+                A[b, a] = A[a, b].mT
+            if t is not None:
+                D[t, a] = own[a]
+        done += names
+    yield from _pairs(stages, A, D, wanted)
+
+
+def _added(curvature: Tensor, R: Tensor) -> Tensor:
+    """What two direct leaves have in common is summed over the samples already."""
+    return (curvature if len(curvature) == len(R) else curvature.sum(0, keepdim=True)) + R
+
+
+def _stage(stages: _Stages, names: Sequence[Key], t: Key) -> tuple[dict[Any, Tensor], dict[Key, Tensor], dict[Key, Tensor]]:
+    """Of the perturbations ``names`` that enter at t: R by pairs (n, u, v), dz/deps (n, u, v), dh/deps (n, positions, f, v)."""
+    zeros = [stages.zeros(name) for name in names]
+    sizes = [zero[0].numel() for zero in zeros]
+    eye = torch.eye(sum(sizes), dtype=zeros[0].dtype, device=zeros[0].device)
+    seeds = [
+        part.view(-1, 1, *zero.shape[1:]).expand(-1, *zero.shape).contiguous()
+        for part, zero in zip(eye.split(sizes, 1), zeros, strict=True)
+    ]
+    moved = stages.pushed(names, [t], seeds, features=t is not None)
+    rows = [dict(zip(names, m.split(sizes), strict=True)) for m in moved]
+    R = {(a, b): rows[j][a].flatten(2).transpose(0, 1) for i, a in enumerate(names) for j, b in enumerate(names) if j >= i}
+    if t is None:
+        return R, {}, {}
+    J = {a: rows[len(names)][a].flatten(2).permute(1, 2, 0) for a in names}
+    return R, J, {a: rows[-1][a].permute(1, 2, 3, 0) for a in names}
+
+
+def _pairs(stages: _Stages, A: dict[Any, Tensor], D: dict[Any, Tensor], wanted: Wanted) -> Iterator[Pair]:
+    plan = stages.plan
+    groups = [group for group in plan.groups if (group.key, group.key) in A]
+    for i, s in enumerate(groups):
+        for t in (t for t in groups[i:] if wanted(s, t)):
+            both = A[s.key, t.key]
+            one = both.new_ones(len(both), 1, 1)
+            d = D.get((t.key, s.key))
+            yield Pair(
+                s,
+                t,
+                s is t,
+                stages.h[s.key] if plan.is_site(s) else one,
+                both.view(-1, *s.units.shape, *t.units.shape).permute(1, 2, 0, 3, 4),
+                stages.h[t.key] if plan.is_site(t) else one,
+                stages.g[t.key] if plan.is_site(t) else one,
+                None if d is None else d.permute(3, 0, 1, 2).unflatten(0, s.units.shape),
+            )
+
+
+def samples_of_all_stages(plan: Lift) -> int:
+    """So many that all pairs of their sites fit the working set."""
+    units = plan.directions
+    features = sum(site.positions * site.width for site in _sites(plan))
+    return max(1, int(WORKING_SET / (units * (units + features) * plan.x[0].element_size() + 3 * plan.saved)))

@@ -23,15 +23,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from functional_hess.chunking import MIB, WORKING_SET, fits, megabytes
-from functional_hess.contraction import add_block, blocks_of, diagonal_of
-from functional_hess.elimination import chained, diagonal_by_stages, samples_of_a_stage
+from functional_hess.contraction import add_block, blocks_of, diagonal_of, product_of
+from functional_hess.elimination import (
+    chained,
+    diagonal_by_stages,
+    pairs_by_stages,
+    samples_of_a_stage,
+    samples_of_all_stages,
+)
 from functional_hess.guards import missing_rule, out_of_memory
 from functional_hess.independence import common_positions, independent_parts
 from functional_hess.levels import flat_jvp, flat_value_and_grad, repaired
@@ -46,6 +52,7 @@ __all__ = ["Lift", "lift", "lifted_blocks", "lifted_diagonal", "lifted_product",
 
 Tensors = tuple[Tensor, ...]
 WORTH = 0.7  # directions, as a part of the rows they serve for, beyond which rows are as good
+DEARER = 5  # rows that cost as much as a direction through a graph of sites that is no chain
 WORTH_A_PROOF = (
     256 * MIB
 )  # bytes that rows would write, about a tenth of a second, before a plain function is asked for its parts
@@ -128,6 +135,9 @@ def _planned(
         return "no leaf enters through affine sites alone"
     if plan.directions > WORTH * problem.space.dim:
         return f"{plan.directions:,} directions for {problem.space.dim:,} rows do not pay"
+    costly = saved * len(samples) * problem.space.dim > WORTH_A_PROOF
+    if costly and plan.directions * DEARER > problem.space.dim and not chained(plan):
+        return f"{plan.directions:,} directions through the whole function for {problem.space.dim:,} rows do not pay"
     if not fits(output + _working(plan), x[0].device):
         return f"lifting would work with {megabytes(_working(plan))} beside the result, and there is less"
     return _certify(plan, (kind, found.tracked, found.forbidden, parts)) or plan
@@ -198,12 +208,14 @@ def lifted_blocks(plan: Lift, pairs: Collection[tuple[int, ...]], out: Tensor | 
     space = plan.problem.space
     upper = {(min(pair), max(pair)) for pair in pairs}
     matrices = {(p, q): _matrix(plan, p, q, out).zero_() for p, q in upper}
+    by_stages = chained(plan) and _held_once(plan, "pairs", _pairs_agree)
+    count, of_samples = (samples_of_all_stages(plan), pairs_by_stages) if by_stages else (samples_at_once(plan), swept)
 
     def needed(s: Site, t: Site) -> bool:
         return any((min(p, q), max(p, q)) in upper for p in s.leaves for q in t.leaves)
 
-    for part in plan.samples.split(samples_at_once(plan)):
-        for pair in swept(plan, part, needed):
+    for part in plan.samples.split(count):
+        for pair in of_samples(plan, part, needed):
             for a, b, values in blocks_of(pair):
                 if (a.leaf, b.leaf) in matrices:
                     add_block(matrices[a.leaf, b.leaf], a.index, b.index, values)
@@ -245,14 +257,32 @@ def _by_stages(plan: Lift) -> Tensors:
 
 
 def _goes_by_stages(plan: Lift) -> bool:
-    """Whether sites are a chain; the first time, an entry of every leaf is held to a product by automatic differentiation."""
-    if not chained(plan):
-        return False
+    """Whether the diagonal is that of a chain; the first time, an entry of every leaf is held to automatic differentiation."""
+    return chained(plan) and _held_once(plan, "diagonal", _entries_agree)
+
+
+def _held_once(plan: Lift, what: str, agree: Callable[[Lift], bool]) -> bool:
     known = _of_function(_certified, plan.problem.f)
-    key = ("by stages", plan.samples.kind, plan.parts, plan.found.tracked, plan.found.forbidden)
+    key = (what, plan.samples.kind, plan.parts, plan.found.tracked, plan.found.forbidden)
     if key not in known:
-        known[key] = _entries_agree(_few(plan))
+        known[key] = agree(_few(plan))
     return known[key]
+
+
+def _pairs_agree(plan: Lift) -> bool:
+    """Whether H v by the pairs of a chain, for a random v, is that of the sites."""
+    v = _random(plan)
+    V = {group.key: _at_entries(group, v) for group in plan.groups}
+    mine = {key: torch.zeros_like(matrix) for key, matrix in V.items()}
+    for pair in pairs_by_stages(plan, plan.samples, lambda s, t: True):
+        for key, part in zip((pair.s.key, pair.t.key), product_of(pair, V[pair.s.key], V[pair.t.key]), strict=True):
+            mine[key] += part
+    theirs = lifted_product(plan, v)
+    return _off(_of_leaves(plan, mine), theirs) <= TOLERANCE[plan.x[0].dtype] * max(float(t.abs().max()) for t in theirs)
+
+
+def _off(a: Tensors, b: Tensors) -> float:
+    return max(float((p - q).abs().max()) for p, q in zip(a, b, strict=True) if p.numel())
 
 
 def _few(plan: Lift) -> Lift:
@@ -296,8 +326,7 @@ def _certify(plan: Lift, key: Any) -> str:
 
 def _compared(plan: Lift) -> str:
     """The lifted H v against H v and H^T v by automatic differentiation of the risk itself, for a random v."""
-    generator = torch.Generator().manual_seed(0)
-    v = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in plan.x]
+    v = _random(plan)
     few = _few(plan)
     mine = lifted_product(few, v)
     leaves = range(len(plan.x))
@@ -312,6 +341,25 @@ def _compared(plan: Lift) -> str:
     return ""
 
 
+def _random(plan: Lift) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in plan.x]
+
+
+def _at_entries(group: Site, v: Sequence[Tensor]) -> Tensor:
+    """The entries of v at a site, (out, width)."""
+    return torch.cat([v[e.leaf].flatten()[e.index] for e in group.entries], 1)
+
+
+def _of_leaves(plan: Lift, totals: Mapping[Any, Tensor]) -> Tensors:
+    """Sums by group, (out, width), in the shapes of the leaves."""
+    result = [torch.zeros(t.numel(), dtype=t.dtype, device=t.device) for t in plan.x]
+    for group in plan.groups:
+        for part, entry in group.slices():
+            result[entry.leaf].index_add_(0, entry.index.flatten(), totals[group.key][:, part].flatten())
+    return tuple(r.view(t.shape) for r, t in zip(result, plan.x, strict=True))
+
+
 def lifted_product(plan: Lift, v: Sequence[Tensor]) -> Tensors:
     """H v by way of the sites: the derivative of g_s h_s^T in r at 0, where z_s moves by eps_s + r V_s h_s and g_s = dL/deps_s.
 
@@ -319,7 +367,7 @@ def lifted_product(plan: Lift, v: Sequence[Tensor]) -> Tensors:
     """
     keys = [group.key for group in plan.groups]
     zeros = tuple(plan.zeros(group, plan.samples) for group in plan.groups)
-    matrices = {g.key: torch.cat([v[e.leaf].flatten()[e.index] for e in g.entries], 1) for g in plan.groups}  # (out, width)
+    matrices = {group.key: _at_entries(group, v) for group in plan.groups}
     one = plan.x[0].new_ones(1, 1, 1)
 
     def products(r: Tensor) -> tuple[Tensors, Tensors]:
@@ -331,11 +379,7 @@ def lifted_product(plan: Lift, v: Sequence[Tensor]) -> Tensors:
         return tuple((a.mT @ h).sum(0) for a, h in zip(g, features, strict=True)), ()
 
     totals = flat_jvp(products, (one.new_zeros(()),), (one.new_ones(()),))[1]
-    result = [torch.zeros(t.numel(), dtype=t.dtype, device=t.device) for t in plan.x]
-    for group, total in zip(plan.groups, totals, strict=True):
-        for part, entry in group.slices():
-            result[entry.leaf].index_add_(0, entry.index.flatten(), total[:, part].flatten())
-    return tuple(r.view(t.shape) for r, t in zip(result, plan.x, strict=True))
+    return _of_leaves(plan, dict(zip(keys, totals, strict=True)))
 
 
 def repairs_of(plan: Lift) -> tuple[str, ...]:

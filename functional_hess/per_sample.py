@@ -70,7 +70,7 @@ def sample_gradients(risk: EmpiricalRisk) -> Callable[..., Tree]:
         problem = look("sample_gradients", risk, (params, *batch), {}, 0, Options())
         samples = samples_of(batch)
         parts = [_gradients(problem, risk, part) for part in samples.split(_at_once(problem, risk, samples))]
-        return problem.space.unpack([torch.cat(each) if len(each) > 1 else each[0] for each in zip(*parts, strict=True)])
+        return problem.space.unpack(list(map(torch.cat, zip(*parts, strict=True))))
 
     return transformed
 
@@ -117,7 +117,8 @@ def sample_gradient_norms(risk: EmpiricalRisk) -> Callable[..., Tensor]:
 def _require_risk(verb: str, risk: Any) -> None:
     if not isinstance(risk, EmpiricalRisk):
         raise TypeError(
-            f"{verb}: expected a risk, got {type(risk).__name__}. Write the loss of one sample and pass empirical_risk(loss)."
+            f"{verb}: risk must be made by empirical_risk, got {type(risk).__name__}. Write the loss of one sample and pass "
+            "empirical_risk(loss)."
         )
 
 

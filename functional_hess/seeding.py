@@ -23,7 +23,7 @@ from functional_hess.risk import EmpiricalRisk, Part
 from functional_hess.rows import Problem
 from functional_hess.sites import Discovery, Entry, Key, Lifted, Site
 
-__all__ = ["DIRECTIONS", "Lift", "Run", "samples_at_once", "swept"]
+__all__ = ["DIRECTIONS", "Lift", "Run", "Wanted", "samples_at_once", "swept"]
 
 Tensors = tuple[Tensor, ...]
 DIRECTIONS = 64  # at once
@@ -91,6 +91,7 @@ class Lift:
         severed: Mapping[Key, Tensor] | None = None,
         *,
         apart: bool = False,
+        patches: bool = True,
     ) -> Run:
         """The loss with perturbations by group.
 
@@ -100,6 +101,7 @@ class Lift:
             moves: gives for a group what is added to its perturbation, as a function of the features.
             severed: constants, shaped as :meth:`zeros`, with which sites go on (:class:`functional_hess.sites.Lifted`).
             apart: every sample perturbs the direct leaves by its own, too.
+            patches: whether the features of convolutions are wanted.
         """
         leaves = [("leaf", k) for k in self.found.direct if ("leaf", k) in eps]
         shifted = [*(site.key for site in self.found.sites if site.key in eps), *(leaves if apart else [])]
@@ -120,7 +122,7 @@ class Lift:
                 shift = shift(x[name[1]].new_ones(1, 1)) if callable(shift) else shift
                 x[name[1]] = x[name[1]] + shift.view(x[name[1]].shape)
             constants = None if severed is None else dict(zip(cut, given[len(shifted) :], strict=False))
-            with Lifted(x, self.found, shifts, constants) as run:
+            with Lifted(x, self.found, shifts, constants, patches=patches) as run:
                 value = self.risk.sample_loss(self.at(x), *samples.rebuild(given[len(copies) :]))
             features = {(site.key, "h"): run.features[site.key] for site in self.found.sites if run.features[site.key]}
             outputs = {(site.key, "z"): run.outputs[site.key] for site in self.found.sites if run.outputs}

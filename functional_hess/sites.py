@@ -435,17 +435,24 @@ class Lifted(_Watch):
         found: what discovery found.
         eps: perturbations by key of a site, each of shape (positions, out), or a function that gives it from the features.
         severed: constants, of that shape too, that sites go on with in place of z: then nothing depends on an earlier site but
-            by way of them. ``outputs`` are kept, and patches of convolutions not made, only where this is given.
+            by way of them. Only where this is given ``outputs`` are kept.
+        patches: whether the features of convolutions are wanted.
 
     Raises:
         SitesChanged: on leaving, if the sites met are not those found.
     """
 
     def __init__(
-        self, leaves: Sequence[Tensor], found: Discovery, eps: Mapping[Key, Any], severed: Mapping[Key, Tensor] | None = None
+        self,
+        leaves: Sequence[Tensor],
+        found: Discovery,
+        eps: Mapping[Key, Any],
+        severed: Mapping[Key, Tensor] | None = None,
+        *,
+        patches: bool = True,
     ) -> None:
         super().__init__(leaves, found.tracked, found.forbidden)
-        self.found, self.eps, self.severed = found, eps, severed
+        self.found, self.eps, self.severed, self.patches = found, eps, severed, patches
         self.outputs: dict[Key, Tensor] = {}
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
@@ -474,7 +481,7 @@ class Lifted(_Watch):
     def product(self, product: _Product, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
         self.calls += 1
         features = []
-        if self.severed is None or not product.is_convolution:
+        if self.patches or not product.is_convolution:
             h = product.features()
             features = [h, *([_ones(h)] if self.own_bias(product) else [])]
         return self.place(self.found.every[self.calls], func(*args, **kwargs), features)

@@ -1257,9 +1257,10 @@ ROWS: dict[str, list[Row]] = {
             lambda _: fh.empirical_risk(squares, 3),
         ),
         Row(
-            "no risk",
+            "risk",
             TypeError,
-            "sample_gradient_norms: expected a risk, got function. Write the loss of one sample and pass empirical_risk(loss).",
+            "sample_gradient_norms: risk must be made by empirical_risk, got function. Write the loss of one sample and pass "
+            "empirical_risk(loss).",
             lambda _: fh.sample_gradient_norms(squares),
         ),
         Row(
