@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from networks import numbers
 from oracles import relative_error
-from test_lifting import Architecture, N, X, ce, every_architecture, params
+from test_lifting import ARCHITECTURES, Architecture, N, X, ce, every_architecture, params
 
 import functional_hess as fh
 from functional_hess import Space, elimination, empirical_risk, lifting
@@ -79,7 +80,12 @@ def routes(monkeypatch):
     chained = elimination.chained
     monkeypatch.setattr(lifting, "chained", lambda plan: taken.append(chained(plan)) or taken[-1])
     monkeypatch.setattr(lifting, "_entries_agree", lambda plan: True)
+    monkeypatch.setattr(lifting, "_pairs_agree", lambda plan: True)
     return taken
+
+
+def hessian(net):
+    return Space.of(net.p).matrix(fh.hessian(empirical_risk(net.loss))(net.p, net.X, net.y))
 
 
 def diagonal(net):
@@ -89,19 +95,22 @@ def diagonal(net):
 @every_architecture
 def test_a_chain_is_told_from_other_graphs(net, routes):
     assert relative_error(diagonal(net), net.truth().diagonal()) < 1e-12
-    assert routes == [net.name not in NO_CHAIN]
+    assert relative_error(hessian(net), net.truth()) < 1e-12
+    assert set(routes) == {net.name not in NO_CHAIN}
 
 
 @pytest.mark.parametrize("net", NETS, ids=str)
-def test_the_diagonal_is_exact_whatever_lies_between_two_sites(net, routes):
+def test_hessian_and_diagonal_are_exact_whatever_lies_between_two_sites(net, routes):
     assert relative_error(diagonal(net), net.truth().diagonal()) < 1e-12
-    assert routes == [True]
+    assert relative_error(hessian(net), net.truth()) < 1e-12
+    assert set(routes) == {True}
 
 
 @pytest.mark.parametrize("net", NETS, ids=str)
 def test_samples_and_directions_may_come_in_any_portions(net, routes, monkeypatch):
     monkeypatch.setattr(elimination, "WORKING_SET", 20_000)
     assert relative_error(diagonal(net), net.truth().diagonal()) < 1e-12
+    assert relative_error(hessian(net), net.truth()) < 1e-12
 
 
 def test_a_plain_function_of_a_batch_goes_by_stages_too(routes, monkeypatch):
@@ -120,6 +129,24 @@ def test_a_residual_that_is_not_diagonal_is_seen_in_any_sample(routes, monkeypat
     net = next(net for net in NETS if net.name == "orders")
     monkeypatch.setattr(elimination, "_probes", lambda zero: torch.ones(2, *zero.shape).to(zero))
     assert relative_error(diagonal(net), net.truth().diagonal()) > 1e-3
+
+
+def test_the_first_pairs_are_held_to_the_product_of_the_sites(monkeypatch):
+    net, honest = NETS[0], elimination.pairs_by_stages
+
+    def spoiled(*args):
+        yield from (dataclasses.replace(pair, A=pair.A if pair.same else -pair.A) for pair in honest(*args))
+
+    monkeypatch.setattr(lifting, "pairs_by_stages", spoiled)
+    assert relative_error(hessian(net), net.truth()) < 1e-12
+
+
+def test_a_graph_that_is_no_chain_goes_by_rows_where_its_directions_cost_more(monkeypatch):
+    net = next(net for net in ARCHITECTURES if net.name == "attention")
+    monkeypatch.setattr(lifting, "WORTH_A_PROOF", 0)
+    route = fh.explain(fh.hessian(empirical_risk(net.loss)), net.p, net.X, net.y).route
+    assert route == "dense rows because 63 directions through the whole function for 138 rows do not pay"
+    assert relative_error(hessian(net), net.truth()) < 1e-12
 
 
 def test_the_first_result_is_held_to_products(monkeypatch):
