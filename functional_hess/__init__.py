@@ -8,8 +8,8 @@ from functional_hess.impurity import ImpurityError, ImpurityWarning
 from functional_hess.jacobians import jacfwd, jacrev
 from functional_hess.levels import DependenceError
 from functional_hess.modules import functionalize_module
-from functional_hess.plans import SparsePlan
 from functional_hess.per_sample import sample_gradient_norms, sample_gradients
+from functional_hess.plans import SparsePlan
 from functional_hess.prepared import prepare
 from functional_hess.products import grad_and_hvp, hvp
 from functional_hess.risk import empirical_risk
