@@ -52,6 +52,7 @@ __all__ = ["Lift", "lift", "lifted_blocks", "lifted_diagonal", "lifted_product",
 
 Tensors = tuple[Tensor, ...]
 WORTH = 0.7  # directions, as a part of the rows they serve for, beyond which rows are as good
+COSTLY = 256 * MIB  # bytes that rows would write, below which no other route is weighed against them
 DEARER = 5  # rows that cost as much as a direction through a graph of sites that is no chain
 WORTH_A_PROOF = (
     256 * MIB
@@ -135,7 +136,7 @@ def _planned(
         return "no leaf enters through affine sites alone"
     if plan.directions > WORTH * problem.space.dim:
         return f"{plan.directions:,} directions for {problem.space.dim:,} rows do not pay"
-    costly = saved * len(samples) * problem.space.dim > WORTH_A_PROOF
+    costly = saved * len(samples) * problem.space.dim > COSTLY
     if costly and plan.directions * DEARER > problem.space.dim and not chained(plan):
         return f"{plan.directions:,} directions through the whole function for {problem.space.dim:,} rows do not pay"
     if not fits(output + _working(plan), x[0].device):

@@ -143,7 +143,7 @@ def test_the_first_pairs_are_held_to_the_product_of_the_sites(monkeypatch):
 
 def test_a_graph_that_is_no_chain_goes_by_rows_where_its_directions_cost_more(monkeypatch):
     net = next(net for net in ARCHITECTURES if net.name == "attention")
-    monkeypatch.setattr(lifting, "WORTH_A_PROOF", 0)
+    monkeypatch.setattr(lifting, "COSTLY", 0)
     route = fh.explain(fh.hessian(empirical_risk(net.loss)), net.p, net.X, net.y).route
     assert route == "dense rows because 63 directions through the whole function for 138 rows do not pay"
     assert relative_error(hessian(net), net.truth()) < 1e-12
