@@ -54,9 +54,7 @@ Tensors = tuple[Tensor, ...]
 WORTH = 0.7  # directions, as a part of the rows they serve for, beyond which rows are as good
 COSTLY = 256 * MIB  # bytes that rows would write, below which no other route is weighed against them
 DEARER = 5  # rows that cost as much as a direction through a graph of sites that is no chain
-WORTH_A_PROOF = (
-    256 * MIB
-)  # bytes that rows would write, about a tenth of a second, before a plain function is asked for its parts
+WORTH_A_PROOF = 128 * MIB  # bytes that rows would write, before a plain function is asked for its parts
 PROOF = 12  # bytes that a proof takes at its peak for one of the intermediate results of f
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
 _plans: weakref.WeakKeyDictionary[Any, dict[Any, Discovery]] = weakref.WeakKeyDictionary()
