@@ -377,18 +377,18 @@ def _is_one(factor: Any, known: set[fx.Node], run: _Storages) -> bool:
 def _keep_constants(graph: fx.GraphModule, known: set[fx.Node], run: _Storages) -> None:
     """Constant results become attributes, up to ``KEPT`` bytes."""
     shown = {run.storage_of(node) for node in _results(graph.graph)}
-    room, number = KEPT, 0
+    room, values = KEPT, {}
     for node in [node for node in graph.graph.nodes if node in known and any(user not in known for user in node.users)]:
         value = run.env[node]
         if not isinstance(value, Tensor) or node.op == "get_attr" or run.storage_of(node) in shown:
             continue
-        if value.numel() * value.element_size() > room:
-            continue
-        room -= value.numel() * value.element_size()
-        graph.register_buffer(f"_kept{number}", run.real(node).contiguous(), persistent=False)
+        if value.numel() * value.element_size() <= room:
+            room -= value.numel() * value.element_size()
+            values[node] = run.real(node).contiguous()
+    for number, (node, value) in enumerate(values.items()):
+        graph.register_buffer(f"_kept{number}", value, persistent=False)
         with graph.graph.inserting_before(node):
             node.replace_all_uses_with(graph.graph.get_attr(f"_kept{number}"))
-        number += 1
 
 
 def _results(graph: fx.Graph) -> Sequence[fx.Node]:

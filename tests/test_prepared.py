@@ -126,6 +126,21 @@ def test_graphs_are_simplified_alike_on_fake_tensors_and_on_real_ones(trifle, mo
         prepare(lambda x: x * data.view(2, 2).add_(x[0] * 0).view(4), points(4))
 
 
+@pytest.mark.parametrize("trifle", [0, 2**40])
+def test_constants_made_of_constants_are_all_kept(trifle, monkeypatch):
+    monkeypatch.setattr("functional_hess.prepared.TRIFLE", trifle)
+
+    def f(x):
+        a = torch.ones_like(x).cos()
+        b = a.sin()
+        return x + a, x - b, b.exp() / x
+
+    prepared = prepare(f, points(4))
+    for got, want in zip(prepared(points(4, seed=1)), f(points(4, seed=1)), strict=True):
+        assert torch.equal(got, want)
+    assert prepared.operations == 3
+
+
 def test_results_do_not_share_memory_from_call_to_call():
     prepared = prepare(lambda x: (torch.ones(2, dtype=x.dtype), x + 1), points(2))
     ones, _ = prepared(points(2))
