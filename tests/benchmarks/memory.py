@@ -11,12 +11,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from contenders import CONTENDERS
 from problems import PROBLEMS
 
-__all__ = ["AVAILABLE", "MIB", "peak_growth"]
+__all__ = ["AVAILABLE", "MIB", "growth_of", "peak_growth"]
 
 MIB = 2**20
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -45,7 +47,11 @@ def _kilobytes(name: str) -> int:
 def _measured(problem: str, contender: str) -> int:
     prepare, chosen = CONTENDERS[contender], PROBLEMS[problem]
     prepare(chosen, chosen.instance(tiny=True))()
-    run = prepare(chosen, chosen.instance())
+    return growth_of(prepare(chosen, chosen.instance()))
+
+
+def growth_of(run: Callable[[], Any]) -> int:
+    """Bytes by which the resident set of this process grows at most while ``run`` runs."""
     gc.collect()
     RESET.write_text("5")  # the peak starts again from what is resident now
     before = _kilobytes("VmRSS")

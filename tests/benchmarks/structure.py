@@ -2,7 +2,8 @@
 
 A case is one result, computed in several ways that take turns: the whole Hessian by lifting, its diagonal, a sparse Hessian, a
 prepared one. Every way is compared with the first before anything is timed. JAX, asdex and BackPACK take part where they are
-installed. The table gives medians; a ratio above 1 says how many times longer that way takes than ours.
+installed. The table gives medians; a ratio above 1 says how many times longer that way takes than ours. With ``--memory`` each
+way runs once more in a process of its own, after a tiny call, for the peak growth of its resident memory.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import gc
 import itertools
 import random
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from memory import MIB, growth_of
 from problems import jax
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -41,6 +44,7 @@ __all__ = ["CASES", "Case", "Way", "agree", "prepared_ways", "vector"]
 
 jnp = jax.numpy if jax is not None else None
 Call = Callable[[], Any]
+ROWS = "reverse-over-reverse"  # a mode asked for by name: no structure is looked for
 SHORTEST = 0.02  # seconds that one measurement lasts at least, by repeating the call
 
 
@@ -134,7 +138,7 @@ def dense(widths: tuple[int, ...], samples: int, dtype: Any, tiny: bool) -> list
     risk = fh.empirical_risk(_loss)
     return [
         Way("lifted", lambda: lambda: fh.hessian(risk)(*args)),
-        Way("rows", lambda: lambda: fh.hessian(_loss)(*args)),
+        Way("rows", lambda: lambda: fh.hessian(_loss, mode=ROWS)(*args)),
         Way("torch.func.hessian", lambda: lambda: torch.func.hessian(_loss)(*args), slow=True),
         *only(jax, Way("jax.hessian, compiled", lambda: _jax_compiled(jax.hessian(_jax_loss), *arrays))),
     ]
@@ -144,7 +148,7 @@ def diagonal(widths: tuple[int, ...], samples: int, tiny: bool, *, rows: bool = 
     arrays = _classifier((3, 2, 2) if tiny else widths, 5 if tiny else samples, np.float32)
     args = tuple(map(_tensors, arrays))
     risk = fh.empirical_risk(_loss)
-    by_rows = Way("rows", lambda: lambda: fh.hessian_diagonal(_loss)(*args), slow=True)
+    by_rows = Way("rows", lambda: lambda: fh.hessian_diagonal(_loss, mode=ROWS)(*args), slow=True)
     return [
         Way("lifted", lambda: lambda: fh.hessian_diagonal(risk)(*args)),
         *([by_rows] if rows or tiny else []),
@@ -234,7 +238,7 @@ def against_rows(
 
     return [
         Way("lifted", lambda: lambda: verb(risk)(w, *batch)),
-        Way("rows", lambda: lambda: verb(mean)(w, *batch), slow=True),
+        Way("rows", lambda: lambda: verb(mean, mode=ROWS)(w, *batch), slow=True),
     ]
 
 
@@ -416,12 +420,28 @@ def timed(case: Case, rounds: int) -> dict[str, float]:
     return {name: statistics.median(each) for name, each in seconds.items()}
 
 
-def line(case: Case, seconds: dict[str, float]) -> str:
-    ours = next(iter(seconds.values()))
+def growth(case: str, way: str) -> int:
+    """Bytes by which the resident set of a fresh process grows at most during one call, after a tiny one of the same kind."""
+    child = subprocess.run(
+        [sys.executable, "-W", "ignore", __file__, "--grow", case, way], capture_output=True, text=True, check=True
+    )
+    return int(child.stdout)
+
+
+def _grown(case: str, way: str) -> int:
+    tiny = {one.name: make for one, make in prepared_ways(CASES[case], True)}
+    tiny[way]()
+    run = next(one.make() for one in CASES[case].ways(False) if one.name == way)
+    return growth_of(run)
+
+
+def line(name: str, seconds: dict[str, float], memory: bool) -> str:
+    case, ours = CASES[name], next(iter(seconds.values()))
     cells = [
-        f"{name} {1e3 * each:,.3g} ms" + ("" if i == 0 else f" ({each / ours:.3g}x)")
-        for i, (name, each) in enumerate(seconds.items())
-    ]
+        f"{way} {1e3 * each:,.3g} ms" + ("" if i == 0 else f" ({each / ours:.3g}x)")
+        + (f", {growth(name, way) / MIB:,.0f} MB" if memory else "")
+        for i, (way, each) in enumerate(seconds.items())
+    ]  # fmt: skip
     return f"| {case.title} | {' | '.join(cells)} |"
 
 
@@ -429,10 +449,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="NAME", help=", ".join(CASES))
     parser.add_argument("--rounds", type=int, default=7, help="medians are over so many (default 7)")
+    parser.add_argument("--memory", action="store_true", help="peak growth of resident memory too (Linux)")
+    parser.add_argument("--grow", nargs=2, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
+    if chosen.grow:
+        print(_grown(*chosen.grow))
+        return
     for name in chosen.cases:
         print(f"[{time.strftime('%H:%M:%S')}] {name}", file=sys.stderr, flush=True)
-        print(line(CASES[name], timed(CASES[name], chosen.rounds)), flush=True)
+        print(line(name, timed(CASES[name], chosen.rounds), chosen.memory), flush=True)
 
 
 if __name__ == "__main__":
