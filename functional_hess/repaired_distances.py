@@ -90,11 +90,16 @@ def _square(z: Tensor) -> Tensor:
     return torch.view_as_real(z.resolve_conj()).square().sum(-1) if z.is_complex() else z * z
 
 
+def _is_right(x: Tensor, p: float) -> bool:
+    """Of real numbers torch has these norms right to every order: they are linear but for kinks."""
+    return p in (1, math.inf) and not x.is_complex()
+
+
 def _vector_norm(x: Tensor, ord: Any = 2, dim: _Dim = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
     """(sum |x|^p)^(1/p): reverse over forward mode raises."""
     x = x if dtype is None else x.to(dtype)
     inexact = x.is_floating_point() or x.is_complex()
-    if not inexact or isinstance(ord, str) or not ord > 0 or not x.numel() or dim == ():
+    if not inexact or isinstance(ord, str) or not ord > 0 or not x.numel() or dim == () or _is_right(x, ord):
         return NotImplemented
     return _norm_of(x, float(ord), dim, keepdim)
 
@@ -141,6 +146,8 @@ def _renorm(input: Tensor, p: float, dim: int, maxnorm: float) -> Any:
     """Slices along ``dim`` of a p-norm above the bound, scaled down to it."""
     places = range(-input.dim(), input.dim())
     if not input.is_floating_point() or not p > 0 or input.dim() < 2 or dim not in places or maxnorm < 0 or not input.numel():
+        return NotImplemented
+    if _is_right(input, p):
         return NotImplemented
     norm = _norm_of(input, float(p), [d for d in range(input.dim()) if d != dim % input.dim()], True)
     return input * torch.where(norm > maxnorm, maxnorm / (norm + 1e-7), 1.0)
