@@ -24,8 +24,9 @@ from torch import Tensor
 from functional_hess.chunking import WORKING_SET
 from functional_hess.sites import Entry, Site
 
-__all__ = ["Pair", "add_block", "blocks_of", "diagonal_of", "product_of"]
+__all__ = ["Pair", "blocks_of", "diagonal_of", "product_of", "put_block"]
 
+PART = WORKING_SET / 4  # bytes of a block at a time
 ENOUGH = 128  # samples from which on half of the products are worth putting the other half in its places
 
 
@@ -76,20 +77,26 @@ def _units(site: Site, units: slice) -> Site:
 # ---------------------------------------------------------------------------------------------------- blocks
 
 
-def blocks_of(pair: Pair) -> Iterator[tuple[Entry, Entry, Tensor]]:
-    """All that a pair adds to H: the entries of two leaves and values (i, j, k, p), with the mirror image where it is another."""
+def blocks_of(pair: Pair) -> Iterator[tuple[Entry, Entry, Tensor, bool]]:
+    """All that a pair adds to H: the entries of two leaves and values (i, j, k, p), with the mirror image where it is another.
+
+    The last says whether it comes on top of values of the same pair. Values lie in memory in the order that suits the entries.
+    """
     for some, mirrored in _in_parts(pair):
-        values = _contracted(some)
-        for (sa, a), (sb, b) in itertools.product(some.s.slices(), some.t.slices()):
-            yield a, b, values[:, sa, :, sb]
-            if mirrored:
-                yield b, a, values[:, sa, :, sb].permute(2, 3, 0, 1)
+        for number, values in enumerate(_terms(some)):
+            for (sa, a), (sb, b) in itertools.product(some.s.slices(), some.t.slices()):
+                yield a, b, values[:, sa, :, sb], number > 0
+                if mirrored:
+                    yield b, a, values[:, sa, :, sb].permute(2, 3, 0, 1), number > 0
 
 
 def _in_parts(pair: Pair) -> Iterator[tuple[Pair, bool]]:
     """A pair in parts of units whose blocks fit the working set, and whether the mirror image of the part is wanted too."""
     block = pair.hs.shape[2] * pair.t.out * pair.ht.shape[2] * pair.hs.element_size()
-    step = max(1, int(WORKING_SET / 4 / max(1, block)))
+    step = max(1, int(PART / max(1, block)))
+    if step >= pair.s.out:
+        yield pair, not pair.same
+        return
     for first in range(0, pair.s.out, step):
         rows = pair.rows(slice(first, first + step))
         if not pair.whole:
@@ -100,21 +107,25 @@ def _in_parts(pair: Pair) -> Iterator[tuple[Pair, bool]]:
             yield dataclasses.replace(rows.columns(slice(first + step, None)), same=False), True
 
 
-def _contracted(pair: Pair) -> Tensor:
+def _terms(pair: Pair) -> Iterator[Tensor]:
     """The block of H between the entries of two sites, (i, j, k, p): both terms of the formula above."""
-    terms: list[Tensor] = []
-    for few in pair.split(_fit(pair)):
-        curvature = _symmetric(few.hs, few.A) if _is_symmetric(few) else _curvature(few.hs, few.A, few.ht)
-        terms = [*terms, curvature, *([] if few.D is None else [_slope(few.hs, few.g, few.D)])]
-        terms = [functools.reduce(Tensor.add_, terms)]
-    return terms[0]
+    few = list(pair.split(_fit(pair)))
+    yield functools.reduce(Tensor.add_, map(_curvature, few))
+    if pair.D is not None:
+        yield functools.reduce(Tensor.add_, map(_slope, few))
 
 
 def _fit(pair: Pair) -> int:
     """How many samples at a time, so that no product on the way to a block exceeds the working set."""
     (_, S, J), (_, T, P), o, q = pair.hs.shape, pair.ht.shape, pair.s.out, pair.t.out
-    largest = max(J * P if S == T == 1 and 4 * o * q >= P else 0, J * o * T * q, J * q * S, q * o * P * S)
-    return max(1, int(WORKING_SET / 4 / (largest * pair.hs.element_size())))
+    curvature = J * P if _by_rows(pair) else J * o * T * q
+    slope = 0 if pair.D is None else S * (J * q + o * P) if T == 1 else q * o * P * S
+    return max(1, int(PART / (max(curvature, slope) * pair.hs.element_size())))
+
+
+def _by_rows(pair: Pair) -> bool:
+    """Whether products of features, in a row for each sample, are smaller than those of units with features."""
+    return pair.hs.shape[1] == pair.ht.shape[1] == 1 and 4 * pair.s.out * pair.t.out >= pair.ht.shape[2]
 
 
 def _is_symmetric(pair: Pair) -> bool:
@@ -123,14 +134,39 @@ def _is_symmetric(pair: Pair) -> bool:
     return pair.whole and S == 1 and N >= ENOUGH and 4 * pair.s.out**2 >= J
 
 
-def _symmetric(hs: Tensor, A: Tensor) -> Tensor:
-    """sum over n of h[n,j] A[i,n,k] h[n,p] -> (i, j, k, p), one of each two equal products alone."""
-    (N, _, J), o = hs.shape, A.shape[1]
-    (i, k), (j, p) = (torch.triu_indices(m, m, device=hs.device) for m in (o, J))
-    pairs = hs[:, 0].index_select(1, j) * hs[:, 0].index_select(1, p)
-    half = A.reshape(o, N, o).transpose(1, 2)[i, k] @ pairs
-    full = half.index_select(1, _places(j, p, J)).index_select(0, _places(i, k, o))
-    return full.view(o, o, J, J).permute(0, 2, 1, 3)
+def _units_innermost(site: Site) -> bool:
+    """Whether units are neighbors in memory rather than features: as in W^T, where W h is written h @ W^T."""
+    entry = next((e for e in site.entries if not e.is_bias), site.entries[0])
+    return entry.lattice is not None and entry.lattice[1] < entry.lattice[2]
+
+
+def _curvature(pair: Pair) -> Tensor:
+    """sum over n, a, b of hs[n,a,j] A[a,i,n,b,k] ht[n,b,p] -> (i, j, k, p)"""
+    hs, A, ht = pair.hs, pair.A, pair.ht
+    (N, S, J), (_, T, P), o, q = hs.shape, ht.shape, A.shape[1], A.shape[4]
+    if _is_symmetric(pair):
+        return _symmetric(hs[:, 0].T.contiguous(), A.reshape(o, N, o))
+    if _by_rows(pair):  # Khatri-Rao
+        pairs = (hs[:, 0].T.contiguous()[:, None] * ht[:, 0].T.contiguous()).reshape(J * P, N)
+        units = A.reshape(o, N, q).transpose(0, 1).reshape(N, o * q)
+        if _units_innermost(pair.t):
+            return (pairs @ units).view(J, P, o, q).permute(2, 0, 3, 1)
+        return (units.T @ pairs.T).view(o, q, J, P).permute(0, 2, 1, 3)
+    if S == T == 1:  # few units, many features: a scaled product for each pair of units
+        weighted = A.reshape(o, N, q).permute(0, 2, 1).reshape(o * q, N, 1) * hs.reshape(1, N, J)
+        return (weighted.mT @ ht.reshape(N, P)).view(o, q, J, P).permute(0, 2, 1, 3)
+    half = hs.mT @ A.permute(2, 0, 1, 3, 4).reshape(N, S, o * T * q)  # (n, j, (i b k))
+    return (half.view(N, J, o, T, q).permute(2, 1, 4, 0, 3).reshape(o * J * q, N * T) @ ht.reshape(N * T, P)).view(o, J, q, P)
+
+
+def _symmetric(h: Tensor, A: Tensor) -> Tensor:
+    """sum over n of h[j,n] A[i,n,k] h[p,n] -> (i, j, k, p), one of each two equal products alone."""
+    J, o = len(h), len(A)
+    (i, k), (j, p) = (torch.triu_indices(m, m, device=h.device) for m in (o, J))
+    pairs = h.index_select(0, j).mul_(h.index_select(0, p))
+    half = pairs @ A.transpose(1, 2)[i, k].T
+    full = half.index_select(1, _places(i, k, o)).index_select(0, _places(j, p, J))
+    return full.view(J, J, o, o).permute(2, 0, 3, 1)
 
 
 def _places(i: Tensor, k: Tensor, m: int) -> Tensor:
@@ -140,25 +176,17 @@ def _places(i: Tensor, k: Tensor, m: int) -> Tensor:
     return places.flatten()
 
 
-def _curvature(hs: Tensor, A: Tensor, ht: Tensor) -> Tensor:
-    """sum over n, a, b of hs[n,a,j] A[a,i,n,b,k] ht[n,b,p] -> (i, j, k, p)"""
-    (N, S, J), (_, T, P), o, q = hs.shape, ht.shape, A.shape[1], A.shape[4]
-    if S == T == 1 and 4 * o * q >= P:
-        pairs = (hs[:, 0, :, None] * ht[:, 0, None, :]).reshape(N, J * P)  # Khatri-Rao: a row for each sample
-        return (A.reshape(o, N, q).transpose(1, 2).reshape(o * q, N) @ pairs).view(o, q, J, P).permute(0, 2, 1, 3)
-    if S == T == 1:  # few units, many features: a scaled product for each pair of units
-        weighted = A.reshape(o, N, q).permute(0, 2, 1).reshape(o * q, N, 1) * hs.reshape(1, N, J)
-        return (weighted.mT @ ht.reshape(N, P)).view(o, q, J, P).permute(0, 2, 1, 3)
-    half = hs.mT @ A.permute(2, 0, 1, 3, 4).reshape(N, S, o * T * q)  # (n, j, (i b k))
-    return (half.view(N, J, o, T, q).permute(2, 1, 4, 0, 3).reshape(o * J * q, N * T) @ ht.reshape(N * T, P)).view(o, J, q, P)
-
-
-def _slope(hs: Tensor, g: Tensor, D: Tensor) -> Tensor:
+def _slope(pair: Pair) -> Tensor:
     """sum over n, a, b of hs[n,a,j] g[n,b,k] D[a,i,n,b,p] -> (i, j, k, p)"""
+    hs, g, D = pair.hs, pair.g, pair.D
+    assert D is not None
     (N, S, J), (_, T, q), o, P = hs.shape, g.shape, D.shape[1], D.shape[4]
     if T == 1:
         pairs = (hs[:, :, :, None] * g[:, :, None, :]).reshape(N * S, J * q)
-        return (D.permute(1, 4, 2, 0, 3).reshape(o * P, N * S) @ pairs).view(o, P, J, q).permute(0, 2, 3, 1)
+        slopes = D.permute(1, 4, 2, 0, 3).reshape(o * P, N * S)
+        if _units_innermost(pair.t):
+            return (slopes @ pairs).view(o, P, J, q).permute(0, 2, 3, 1)
+        return (pairs.T @ slopes.T).view(J, q, o, P).permute(2, 0, 1, 3)
     half = g.mT @ D.permute(2, 3, 0, 1, 4).reshape(N, T, S * o * P)  # (n, k, (a i p))
     turned = half.view(N, q, S, o, P).permute(0, 2, 3, 1, 4).reshape(N * S, o * q * P)
     return (hs.reshape(N * S, J).T @ turned).view(J, o, q, P).transpose(0, 1)
@@ -175,26 +203,17 @@ def product_of(pair: Pair, Vs: Tensor, Vt: Tensor) -> tuple[Tensor, Tensor]:
     return at_s, torch.zeros_like(at_t) if pair.same else at_t
 
 
-def add_block(block: Tensor, a: Tensor, b: Tensor, values: Tensor) -> None:
-    """Add values (i, j, k, p) at the places a (i, j) and b (k, p) of two leaves."""
-    first, second = _lattice(a), _lattice(b)
-    if first and second:
+def put_block(block: Tensor, a: Entry, b: Entry, values: Tensor, *, add: bool) -> None:
+    """Write values (i, j, k, p) to the places a (i, j) and b (k, p) of two leaves, or add them to what is there."""
+    if a.lattice and b.lattice:
         row, column = block.stride()
-        strides = (first[1] * row, first[2] * row, second[1] * column, second[2] * column)
-        start = block.storage_offset() + first[0] * row + second[0] * column
-        block.as_strided(values.shape, strides, start).add_(values)
+        strides = (a.lattice[1] * row, a.lattice[2] * row, b.lattice[1] * column, b.lattice[2] * column)
+        start = block.storage_offset() + a.lattice[0] * row + b.lattice[0] * column
+        there = block.as_strided(values.shape, strides, start)
+        there.add_(values) if add else there.copy_(values)
     else:
-        block.index_put_((a.flatten()[:, None], b.flatten()), values.reshape(a.numel(), -1), accumulate=True)
-
-
-def _lattice(index: Tensor) -> tuple[int, int, int] | None:
-    """(start, step, step) if index[i, j] = start + i step + j step, as in a matrix, its transpose, and rows or columns of it."""
-    m, n = index.shape
-    start = int(index[0, 0])
-    steps = (int(index[1, 0]) - start if m > 1 else n, int(index[0, 1]) - start if n > 1 else 1)
-    count = functools.partial(torch.arange, device=index.device)
-    regular = min(steps) > 0 and index.equal(start + count(m)[:, None] * steps[0] + count(n) * steps[1])
-    return (start, *steps) if regular else None
+        rows, columns = a.index.flatten()[:, None], b.index.flatten()
+        block.index_put_((rows, columns), values.reshape(len(rows), -1), accumulate=add)
 
 
 # ---------------------------------------------------------------------------------------------------- the diagonal

@@ -29,8 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functional_hess.chunking import MIB, WORKING_SET, fits, megabytes
-from functional_hess.contraction import add_block, blocks_of, diagonal_of, product_of
+from functional_hess.chunking import MIB, WORKING_SET, fits, megabytes, room_for
+from functional_hess.contraction import blocks_of, diagonal_of, product_of, put_block
 from functional_hess.elimination import (
     chained,
     diagonal_by_stages,
@@ -206,28 +206,42 @@ def lifted_blocks(plan: Lift, pairs: Collection[tuple[int, ...]], out: Tensor | 
     """The blocks of the Hessian of the given pairs of leaves, in their shapes: contiguous, or views of an (n, n) ``out``."""
     space = plan.problem.space
     upper = {(min(pair), max(pair)) for pair in pairs}
-    matrices = {(p, q): _matrix(plan, p, q, out).zero_() for p, q in upper}
+    matrices = {(p, q): _matrix(plan, p, q, out) for p, q in upper}
     by_stages = chained(plan) and _held_once(plan, "pairs", _pairs_agree)
     count, of_samples = (samples_of_all_stages(plan), pairs_by_stages) if by_stages else (samples_at_once(plan), swept)
 
     def needed(s: Site, t: Site) -> bool:
         return any((min(p, q), max(p, q)) in upper for p in s.leaves for q in t.leaves)
 
-    for part in plan.samples.split(count):
+    once = by_stages and _each_entry_once(plan)
+    unmet = set(upper) if once else set()
+    for matrix in [] if once else matrices.values():
+        matrix.zero_()
+    for number, part in enumerate(plan.samples.split(count)):
         for pair in of_samples(plan, part, needed):
-            for a, b, values in blocks_of(pair):
+            for a, b, values, again in blocks_of(pair):
                 if (a.leaf, b.leaf) in matrices:
-                    add_block(matrices[a.leaf, b.leaf], a.index, b.index, values)
+                    put_block(matrices[a.leaf, b.leaf], a, b, values, add=again or number > 0 or not once)
+                    unmet.discard((a.leaf, b.leaf))
+    for where in unmet:
+        matrices[where].zero_()
     for p, q in pairs:
         if p > q:
             matrices[p, q] = _matrix(plan, p, q, out).copy_(matrices[q, p].T)
     return {(p, q): space.shaped(matrices[p, q], p, q) for p, q in pairs}
 
 
+def _each_entry_once(plan: Lift) -> bool:
+    """Whether the pairs of some samples meet every entry of the blocks of two leaves exactly once, or none of them."""
+    met = [entry for group in plan.groups for entry in group.entries]
+    whole = all(e.lattice is not None and e.index.numel() == plan.x[e.leaf].numel() for e in met)
+    return whole and len({e.leaf for e in met}) == len(met)
+
+
 def _matrix(plan: Lift, p: int, q: int, out: Tensor | None) -> Tensor:
     space = plan.problem.space
     if out is None:
-        return torch.empty(space.sizes[p], space.sizes[q], dtype=space.dtypes[p], device=space.devices[p])
+        return room_for(space.sizes[p], space.sizes[q], space.dtypes[p], space.devices[p])
     return out[space.offsets[p] :, space.offsets[q] :][: space.sizes[p], : space.sizes[q]]
 
 

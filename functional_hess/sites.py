@@ -18,6 +18,7 @@ What this module does not do: it takes no second derivatives, and it does not se
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import string
@@ -210,6 +211,16 @@ class Entry:
     leaf: int
     index: Tensor
     is_bias: bool
+
+    @functools.cached_property
+    def lattice(self) -> tuple[int, int, int] | None:
+        """(start, step, step) if index[i, j] = start + i step + j step and no two are equal, as in a matrix and its transpose."""
+        m, n = self.index.shape
+        start = int(self.index[0, 0])
+        down, right = (int(self.index[1, 0]) - start if m > 1 else n, int(self.index[0, 1]) - start if n > 1 else 1)
+        apart = min(down, right) > 0 and (m == 1 or n == 1 or down >= n * right or right >= m * down)
+        count = functools.partial(torch.arange, device=self.index.device)
+        return (start, down, right) if apart and self.index.equal(start + count(m)[:, None] * down + count(n) * right) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -498,7 +509,8 @@ class Lifted(_Watch):
     def place(self, site: Site, z: Tensor, features: list[Tensor]) -> Tensor:
         if self.severed is not None:
             self.outputs[site.key] = _as_units(z, site.units)
-            z = _in_shape_of(z, self.severed[site.key], site.units) if site.key in self.severed else z
+            if site.key in self.severed:  # batched as z is, so that operations in place on z go on working
+                z = _in_shape_of(z, self.severed[site.key], site.units) * z.new_ones(z.shape)
         if site.key in self.eps:
             eps: Any = self.eps[site.key]
             moved: Any = eps(torch.cat(features, 1)) if callable(eps) else eps
@@ -514,12 +526,12 @@ def _as_units(z: Tensor, units: Tensor) -> Tensor:
 
 
 def _in_shape_of(z: Tensor, eps: Tensor, units: Tensor) -> Tensor:
-    """A perturbation of shape (positions, out) as one of z, batched as z is, so that operations in place on z go on working."""
+    """A perturbation of shape (positions, out) as one of z."""
     flat = eps.flatten()
     places = units.flatten()
     if not places.equal(torch.arange(places.numel(), device=places.device)):
         flat = flat[places.argsort()]
-    return flat.view(z.shape) * torch.ones_like(z)
+    return flat.view(z.shape)
 
 
 # ---------------------------------------------------------------------------------------------------- finding them
