@@ -16,6 +16,7 @@ powers of two, for which equality is exact but for the order of sums. Where it f
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -27,7 +28,7 @@ from functional_hess.chunking import WORKING_SET
 from functional_hess.contraction import Pair
 from functional_hess.levels import flat_jvp, flat_value_and_grad, flat_vjp, flat_vmap
 from functional_hess.risk import Part
-from functional_hess.seeding import Lift, Wanted
+from functional_hess.seeding import DIRECTIONS, Lift, Wanted
 from functional_hess.sites import Key, Site
 
 __all__ = ["chained", "diagonal_by_stages", "pairs_by_stages", "samples_of_a_stage", "samples_of_all_stages"]
@@ -126,17 +127,13 @@ def _diagonal_of(term: Term, h: Tensor, units: int) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class _Stages:
-    """A chain at a point, for some samples: outputs z, features h and gradients g of its sites.
-
-    ``flat`` are those of one position whose features are at hand: what goes back to them is shared by the samples.
-    """
+    """A chain at a point, for some samples: outputs z, features h and gradients g of its sites."""
 
     plan: Lift
     samples: Part
     z: dict[Key, Tensor]
     h: dict[Key, Tensor]
     g: dict[Key, Tensor]
-    flat: frozenset[Key]
 
     @classmethod
     def of(cls, plan: Lift, samples: Part) -> _Stages:
@@ -144,13 +141,17 @@ class _Stages:
         keys = [site.key for site in sites]
 
         def loss(*eps: Tensor) -> tuple[Tensor, Any]:
-            run = plan.run(samples, dict(zip(keys, eps, strict=True)))
-            return run.value, run.features
+            run = plan.run(samples, dict(zip(keys, eps, strict=True)), severed={})
+            return run.value, (run.features, run.outputs)
 
-        (_, h), g = flat_value_and_grad(loss, tuple(plan.zeros(s, samples) for s in sites), verb="hessian_diagonal")
-        cut = plan.run(samples, {}, severed={}, patches=False)
-        flat = frozenset(s.key for s in sites if s.positions == 1 and s.key in cut.features and s.key not in plan.found.beside)
-        return cls(plan, samples, cut.outputs, h, dict(zip(keys, g, strict=True)), flat)
+        (_, (h, z)), g = flat_value_and_grad(loss, tuple(plan.zeros(s, samples) for s in sites), verb="hessian_diagonal")
+        return cls(plan, samples, z, h, dict(zip(keys, g, strict=True)))
+
+    @functools.cached_property
+    def flat(self) -> frozenset[Key]:
+        """Sites of one position whose features are at hand: what goes back to them is shared by the samples."""
+        at_hand = self.plan.run(self.samples, {}, severed={}, patches=False).features
+        return frozenset(s.key for s in _sites(self.plan) if s.positions == 1 and s.key in at_hand) - self.plan.found.beside
 
     def severed_run(self, eps: dict[Key, Tensor], *, patches: bool = False) -> Any:
         return self.plan.run(self.samples, eps, severed=self.z, patches=patches)
@@ -284,17 +285,11 @@ def _of_direct(stages: _Stages, site: Site | None, terms: Sequence[Term], inputs
 
 def pairs_by_stages(plan: Lift, samples: Part, wanted: Wanted) -> Iterator[Pair]:
     """All pairs s <= t that are wanted: seeds go no farther than the next site, matrix products the rest of the way."""
-    stages, sites = _Stages.of(plan, samples), _sites(plan)
+    stages = _Stages.of(plan, samples)
     A: dict[tuple[Key, Key], Tensor] = {}
     D: dict[tuple[Key, Key], Tensor] = {}
     done: list[Key] = []
-    for number in reversed(range(len(sites) + 1)):
-        t = sites[number].key if number < len(sites) else None
-        before = [sites[number - 1].key] if number else []
-        names = [*sorted(name for name in plan.found.inputs[t] if name not in plan.found.reads), *before]
-        if not names:
-            continue
-        R, J, own = _stage(stages, names, t)
+    for (t, names), (R, J, own) in reversed(_local(stages)):
         for a in names:
             for u in done if t is not None else ():
                 A[a, u] = J[a].mT @ A[t, u]
@@ -316,22 +311,56 @@ def _added(curvature: Tensor, R: Tensor) -> Tensor:
     return (curvature if len(curvature) == len(R) else curvature.sum(0, keepdim=True)) + R
 
 
-def _stage(stages: _Stages, names: Sequence[Key], t: Key) -> tuple[dict[Any, Tensor], dict[Key, Tensor], dict[Key, Tensor]]:
-    """Of the perturbations ``names`` that enter at t: R by pairs (n, u, v), dz/deps (n, u, v), dh/deps (n, positions, f, v)."""
-    zeros = [stages.zeros(name) for name in names]
-    sizes = [zero[0].numel() for zero in zeros]
-    eye = torch.eye(sum(sizes), dtype=zeros[0].dtype, device=zeros[0].device)
-    seeds = [
-        part.view(-1, 1, *zero.shape[1:]).expand(-1, *zero.shape).contiguous()
-        for part, zero in zip(eye.split(sizes, 1), zeros, strict=True)
-    ]
-    moved = stages.pushed(names, [t], seeds, features=t is not None)
-    rows = [dict(zip(names, m.split(sizes), strict=True)) for m in moved]
-    R = {(a, b): rows[j][a].flatten(2).transpose(0, 1) for i, a in enumerate(names) for j, b in enumerate(names) if j >= i}
-    if t is None:
-        return R, {}, {}
-    J = {a: rows[len(names)][a].flatten(2).permute(1, 2, 0) for a in names}
-    return R, J, {a: rows[-1][a].permute(1, 2, 3, 0) for a in names}
+def _local(stages: _Stages) -> list[tuple[tuple[Key, list[Key]], _Local]]:
+    """The derivatives of every stage; those of few directions are taken side by side."""
+    entering = _entering(stages.plan)
+    size = [sum(stages.zeros(name)[0].numel() for name in names) for _, names in entering]
+    found: list[_Local] = []
+    for small, group in itertools.groupby(range(len(entering)), lambda i: size[i] <= DIRECTIONS):
+        together = [entering[i] for i in group]
+        for some in [together] if small else [[one] for one in together]:
+            found += _side_by_side(stages, some)
+    return list(zip(entering, found, strict=True))
+
+
+def _entering(plan: Lift) -> list[tuple[Key, list[Key]]]:
+    """What is perturbed just before each site, and before the loss, ``None``: direct leaves, and the site before."""
+    before: list[Key] = []
+    found = []
+    for t in (*(site.key for site in _sites(plan)), None):
+        names = [*sorted(name for name in plan.found.inputs[t] if name not in plan.found.reads), *before]
+        before = [t]
+        found += [(t, names)] if names else []
+    return found
+
+
+_Local = tuple[dict[tuple[Key, Key], Tensor], dict[Key, Tensor], dict[Key, Tensor]]
+
+
+def _side_by_side(stages: _Stages, entering: Sequence[tuple[Key, list[Key]]]) -> Iterator[_Local]:
+    """Of what enters at each t: R by pairs (n, u, v), dz/deps (n, u, v), dh/deps (n, positions, f, v).
+
+    No stage reads what enters at another, so all of them share directions.
+    """
+    zeros = {name: stages.zeros(name) for _, names in entering for name in names}
+    sizes = [[zeros[name][0].numel() for name in names] for _, names in entering]
+    seeds: list[Tensor] = []
+    for (_, names), of in zip(entering, sizes, strict=True):
+        eye = torch.eye(max(map(sum, sizes)), sum(of), dtype=zeros[names[0]].dtype, device=zeros[names[0]].device)
+        for zero, part in zip((zeros[name] for name in names), eye.split(of, 1), strict=True):
+            seeds.append(part.reshape(-1, 1, *zero.shape[1:]).expand(-1, *zero.shape).contiguous())
+    readers = [t for t, _ in entering]
+    read = [t for t in readers if t is not None]
+    moved = iter(stages.pushed(list(zeros), readers, seeds, features=bool(read)))
+    gradients, outputs, features = (dict(zip(keys, moved, strict=False)) for keys in (zeros, read, read))
+    for (t, names), of in zip(entering, sizes, strict=True):
+
+        def rows(m: Tensor, names: list[Key] = names, of: list[int] = of) -> dict[Key, Tensor]:
+            return dict(zip(names, m[: sum(of)].split(of), strict=True))
+
+        R = {(a, b): rows(gradients[b])[a].flatten(2).transpose(0, 1) for i, a in enumerate(names) for b in names[i:]}
+        J = {a: m.flatten(2).permute(1, 2, 0) for a, m in rows(outputs[t]).items()} if t in outputs else {}
+        yield R, J, {a: m.permute(1, 2, 3, 0) for a, m in rows(features[t]).items()} if t in features else {}
 
 
 def _pairs(stages: _Stages, A: dict[Any, Tensor], D: dict[Any, Tensor], wanted: Wanted) -> Iterator[Pair]:
