@@ -26,7 +26,7 @@ from functional_hess.sites import Entry, Site
 
 __all__ = ["Pair", "blocks_of", "diagonal_of", "product_of", "put_block"]
 
-PART = WORKING_SET / 4  # bytes of a block at a time
+PANELS = 4  # rows of a symmetric matrix at a time: more save little, and their products are slower
 ENOUGH = 128  # samples from which on half of the products are worth putting the other half in its places
 
 
@@ -93,7 +93,7 @@ def blocks_of(pair: Pair) -> Iterator[tuple[Entry, Entry, Tensor, bool]]:
 def _in_parts(pair: Pair) -> Iterator[tuple[Pair, bool]]:
     """A pair in parts of units whose blocks fit the working set, and whether the mirror image of the part is wanted too."""
     block = pair.hs.shape[2] * pair.t.out * pair.ht.shape[2] * pair.hs.element_size()
-    step = max(1, int(PART / max(1, block)))
+    step = max(1, int(WORKING_SET / 4 / max(1, block)))
     if step >= pair.s.out:
         yield pair, not pair.same
         return
@@ -120,7 +120,7 @@ def _fit(pair: Pair) -> int:
     (_, S, J), (_, T, P), o, q = pair.hs.shape, pair.ht.shape, pair.s.out, pair.t.out
     curvature = J * P if _by_rows(pair) else J * o * T * q
     slope = 0 if pair.D is None else S * (J * q + o * P) if T == 1 else q * o * P * S
-    return max(1, int(PART / (max(curvature, slope) * pair.hs.element_size())))
+    return max(1, int(WORKING_SET / 4 / (max(curvature, slope) * pair.hs.element_size())))
 
 
 def _by_rows(pair: Pair) -> bool:
@@ -130,8 +130,7 @@ def _by_rows(pair: Pair) -> bool:
 
 def _is_symmetric(pair: Pair) -> bool:
     """Whether both halves are equal and there are enough samples to make one of them alone."""
-    N, S, J = pair.hs.shape
-    return pair.whole and S == 1 and N >= ENOUGH and 4 * pair.s.out**2 >= J
+    return pair.whole and pair.hs.shape[1] == 1 and pair.hs.shape[0] >= ENOUGH
 
 
 def _units_innermost(site: Site) -> bool:
@@ -145,7 +144,11 @@ def _curvature(pair: Pair) -> Tensor:
     hs, A, ht = pair.hs, pair.A, pair.ht
     (N, S, J), (_, T, P), o, q = hs.shape, ht.shape, A.shape[1], A.shape[4]
     if _is_symmetric(pair):
-        return _symmetric(hs[:, 0].T.contiguous(), A.reshape(o, N, o))
+        return (
+            _symmetric(hs[:, 0].T.contiguous(), A.reshape(o, N, o))
+            if _by_rows(pair)
+            else _in_panels(hs[:, 0], A.reshape(o, N, o))
+        )
     if _by_rows(pair):  # Khatri-Rao
         pairs = (hs[:, 0].T.contiguous()[:, None] * ht[:, 0].T.contiguous()).reshape(J * P, N)
         units = A.reshape(o, N, q).transpose(0, 1).reshape(N, o * q)
@@ -167,6 +170,20 @@ def _symmetric(h: Tensor, A: Tensor) -> Tensor:
     half = pairs @ A.transpose(1, 2)[i, k].T
     full = half.index_select(1, _places(i, k, o)).index_select(0, _places(j, p, J))
     return full.view(J, J, o, o).permute(2, 0, 3, 1)
+
+
+def _in_panels(h: Tensor, A: Tensor) -> Tensor:
+    """The same of h (n, j) where units are few: broad panels of the upper half of (j, p)."""
+    (_, J), o = h.shape, len(A)
+    values = h.new_empty(o, o, J, J)
+    for i, k in itertools.combinations_with_replacement(range(o), 2):
+        weighted, there = (A[i, :, k, None] * h).T, values[i, k]
+        for first, last in itertools.pairwise([*range(0, J, -(-J // PANELS)), J]):
+            there[first:last, first:] = weighted[first:last] @ h[:, first:]
+            there[last:, first:last] = there[first:last, last:].T
+        if k > i:
+            values[k, i] = there
+    return values.transpose(1, 2)
 
 
 def _places(i: Tensor, k: Tensor, m: int) -> Tensor:

@@ -127,7 +127,11 @@ class Lift:
             features = {(site.key, "h"): run.features[site.key] for site in self.found.sites if run.features[site.key]}
             outputs = {(site.key, "z"): run.outputs[site.key] for site in self.found.sites if run.outputs}
             met[:] = [*features, *outputs]
-            return value, *(torch.cat(parts, 1) for parts in features.values()), *outputs.values()
+            return (
+                value,
+                *(parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in features.values()),
+                *outputs.values(),
+            )
 
         if self.whole:
             value, *found = of_copy(*(t.flatten(0, 1) for t in copies), *(t[0] for t in samples.tensors))
