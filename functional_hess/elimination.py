@@ -10,7 +10,8 @@ follows, and one direction shows it. So A_s is a sum of terms V^T M V with few c
 diagonal, which becomes columns only at the next site. Dangel, Kunstner and Hennig (2020) have this for layers of known type.
 
 That R_s is diagonal is not assumed: in every call it is held, for every sample, to three random directions whose entries are
-powers of two, for which equality is exact but for the order of sums. Where it fails all of R_s is computed.
+powers of two, for which equality is exact but for the order of sums. Where it fails all of R_s is computed. J is W_t times the
+derivative of the features of t in z_s, which is held to the same directions: where that is diagonal no column is differentiated.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,13 +30,14 @@ from functional_hess.contraction import Pair
 from functional_hess.levels import flat_jvp, flat_value_and_grad, flat_vjp, flat_vmap
 from functional_hess.risk import Part
 from functional_hess.seeding import DIRECTIONS, Lift, Wanted
-from functional_hess.sites import Key, Site
+from functional_hess.sites import Entry, Key, Site
 
 __all__ = ["chained", "diagonal_by_stages", "pairs_by_stages", "samples_of_a_stage", "samples_of_all_stages"]
 
 Tensors = tuple[Tensor, ...]
-Contribution = tuple[int, Tensor, Tensor]
+Contribution = tuple[Entry, Tensor]
 PROBES = 3  # random directions
+MANY_COLUMNS = 2  # times the units
 SLACK = 64  # times eps: two ways to the same number
 
 
@@ -70,10 +72,24 @@ def _sites(plan: Lift) -> list[Site]:
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """V^T M V of N samples: ``columns`` (c, N, u), or ``None`` for the unit matrix; ``core`` (N, c, c), or (N, c): diagonal."""
+    """V^T M V of N samples, V = columns * scale: ``core`` (N, c, c), or (N, c) where M is diagonal, ``scale`` (N, u) or 1.
+
+    ``columns`` are (c, N, u), or (c, 1, u) where the samples share them, or ``None`` for the unit matrix.
+    """
 
     columns: Tensor | None
     core: Tensor
+    scale: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        return self.core.shape[1]
+
+    def spread(self) -> Tensor:
+        """V (c, N, u), for columns that are no unit matrix."""
+        assert self.columns is not None
+        V = self.columns if self.scale is None else self.columns * self.scale
+        return V.expand(-1, len(self.core), -1)
 
     def times(self, V: Tensor) -> Tensor:
         """M V for V of shape (c, N, ...)."""
@@ -81,59 +97,80 @@ class Term:
             return self.core.T.reshape(*V.shape[:2], *[1] * (V.dim() - 2)) * V
         return (self.core @ V.transpose(0, 1).flatten(2)).transpose(0, 1).reshape(V.shape)
 
-    @property
-    def count(self) -> int:
-        return self.core.shape[1]
-
     def dense(self) -> Tensor:
         """(N, u, u)"""
         if self.columns is None:
             return torch.diag_embed(self.core) if self.core.dim() == 2 else self.core
-        V = self.columns.transpose(0, 1)
-        return V.mT @ (self.core[..., None] * V if self.core.dim() == 2 else self.core @ V)
+        if self.scale is None:
+            V = self.spread().transpose(0, 1)
+            return V.mT @ (self.core[..., None] * V if self.core.dim() == 2 else self.core @ V)
+        C = self.columns[:, 0]
+        half = self.core[..., None] * C if self.core.dim() == 2 else self.core @ C
+        return self.scale[:, :, None] * (half.mT @ C) * self.scale[:, None]
+
+    def diagonal(self) -> Tensor:
+        """(N, u)"""
+        if self.columns is None:
+            return self.core if self.core.dim() == 2 else self.core.diagonal(dim1=1, dim2=2)
+        if self.scale is None:
+            V = self.spread()
+            return (V * self.times(V)).sum(0)
+        C = self.columns[:, 0]
+        return self.scale.square() * (self.core @ C.square() if self.core.dim() == 2 else ((self.core @ C) * C).sum(1))
 
 
 def _united(terms: Sequence[Term], units: int) -> list[Term]:
-    """The same sum, as one matrix where its columns are no fewer than those of one."""
+    """The same sum, as one matrix where its columns are so many that to make one costs less than to take them on."""
     columns = sum(term.count for term in terms if term.columns is not None)
-    if columns < units and not (len(terms) > 1 and any(term.columns is None and term.core.dim() == 3 for term in terms)):
+    matrices = [term for term in terms if term.columns is None and term.core.dim() == 3]
+    if columns < MANY_COLUMNS * units and not (matrices and len(terms) > 1):
         return list(terms)
     total = terms[0].dense().clone()
     for term in terms[1:]:
         if term.columns is None and term.core.dim() == 2:
             total.diagonal(dim1=1, dim2=2).add_(term.core)
         else:
-            total = total + term.dense()
+            total += term.dense()
     return [Term(None, total)]
 
 
-def _diagonal_of(term: Term, h: Tensor, units: int) -> Tensor:
-    """sum over n, a, b of h[n,a,j] A[n,(a,i),(b,i)] h[n,b,j] -> (i, j), where A is the term and a, b run over positions."""
+def _diagonal_of(terms: Sequence[Term], h: Tensor, units: int) -> Tensor:
+    """sum over n, a, b of h[n,a,j] A[n,(a,i),(b,i)] h[n,b,j] -> (i, j), where A is the sum of terms, a, b run over positions."""
+    if h.shape[1] == 1:
+        return functools.reduce(torch.add, [term.diagonal() for term in terms]).T @ h[:, 0].square()
+    return functools.reduce(torch.add, [_over_positions(term, h, units) for term in terms])
+
+
+def _over_positions(term: Term, h: Tensor, units: int) -> Tensor:
     N, S, J = h.shape
     if term.columns is None and term.core.dim() == 2:
         return term.core.reshape(N * S, units).T @ h.reshape(N * S, J).square()
     if term.columns is None:
         within = term.core.view(N, S, units, S, units).diagonal(0, 2, 4)  # (n, a, b, i)
-        return torch.einsum("nabi,naj,nbj->ij", within, h, h) if S > 1 else within[:, 0, 0].T @ h[:, 0].square()
-    V = term.columns
-    if S == 1:
-        return (V * term.times(V)).sum(0).T @ h[:, 0].square()
-    y = V.view(-1, N, S, units).mT @ h  # (c, n, i, j)
+        return torch.einsum("nabi,naj,nbj->ij", within, h, h)
+    y = term.spread().reshape(-1, N, S, units).mT @ h  # (c, n, i, j)
     return (y * term.times(y)).sum((0, 1))
 
 
 # ---------------------------------------------------------------------------------------------------- a stage
 
 
+Reading = tuple[Key, str]  # "h", the features of a site, or "z", its output; of None, the loss
+
+
 @dataclasses.dataclass(frozen=True)
 class _Stages:
-    """A chain at a point, for some samples: outputs z, features h and gradients g of its sites."""
+    """A chain at a point, for some samples: outputs z, features h and gradients g of its sites.
+
+    ``flat`` are those of one position whose output is W h, no more: what goes back to h is shared by the samples.
+    """
 
     plan: Lift
     samples: Part
     z: dict[Key, Tensor]
     h: dict[Key, Tensor]
     g: dict[Key, Tensor]
+    flat: frozenset[Key]
 
     @classmethod
     def of(cls, plan: Lift, samples: Part) -> _Stages:
@@ -141,47 +178,58 @@ class _Stages:
         keys = [site.key for site in sites]
 
         def loss(*eps: Tensor) -> tuple[Tensor, Any]:
-            run = plan.run(samples, dict(zip(keys, eps, strict=True)), severed={})
+            run = plan.run(samples, dict(zip(keys, eps, strict=True)), outputs=keys)
             return run.value, (run.features, run.outputs)
 
         (_, (h, z)), g = flat_value_and_grad(loss, tuple(plan.zeros(s, samples) for s in sites), verb="hessian_diagonal")
-        return cls(plan, samples, z, h, dict(zip(keys, g, strict=True)))
+        flat = frozenset(s.key for s in sites if s.positions == 1 and s.key not in plan.found.beside)
+        return cls(plan, samples, z, h, dict(zip(keys, g, strict=True)), flat)
 
-    @functools.cached_property
-    def flat(self) -> frozenset[Key]:
-        """Sites of one position whose features are at hand: what goes back to them is shared by the samples."""
-        at_hand = self.plan.run(self.samples, {}, severed={}, patches=False).features
-        return frozenset(s.key for s in _sites(self.plan) if s.positions == 1 and s.key in at_hand) - self.plan.found.beside
+    def read(self, readings: Sequence[Reading], variables: Mapping[Key, Tensor]) -> Tensors:
+        """What stands at ``readings`` if outputs of sites, or perturbations of direct leaves, are ``variables``."""
+        reads = self.plan.found.reads
+        run = self.plan.run(
+            self.samples,
+            {name: t for name, t in variables.items() if name not in reads},
+            severed=self.z | {name: t for name, t in variables.items() if name in reads},
+            outputs=[key for key, what in readings if key is not None and what == "z"],
+            features=[key for key, what in readings if key is not None and what == "h"],
+        )
+        found = {"z": run.outputs, "h": run.features}
+        return tuple(run.value if key is None else found[what][key] for key, what in readings)
 
-    def severed_run(self, eps: dict[Key, Tensor], *, patches: bool = False) -> Any:
-        return self.plan.run(self.samples, eps, severed=self.z, patches=patches)
+    def reading(self, key: Key) -> Reading:
+        """What is read of a site by the one before it; see :attr:`flat`."""
+        return key, "h" if key in self.flat else "z"
 
-    def gradients(self, names: Sequence[Key], readers: Sequence[Key], features: bool) -> Callable[..., tuple[Tensors, Tensors]]:
-        """Of what the sites (or the loss, ``None``) in ``readers`` make of perturbations, with g held.
+    def cotangent(self, reading: Reading) -> Tensor:
+        """The derivative of the loss in what is read."""
+        key, what = reading
+        if key is None:
+            return self.plan.x[0].new_ones(())
+        return self.g[key] @ self.matrix(key) if what == "h" else self.g[key]
 
-        Their outputs go along, and their ``features``.
+    def pushed(
+        self, names: Sequence[Key], paired: Sequence[Reading], seeds: Sequence[Tensor], kept: Sequence[Reading] = ()
+    ) -> Tensors:
+        """Derivatives along stacked seeds of ``names``, outputs of sites or perturbations of direct leaves.
+
+        First those of the gradients of what is ``paired`` with its cotangents, then those of all that is read, ``kept`` too.
         """
+        cotangents = tuple(map(self.cotangent, paired))
 
-        def gradients(*eps: Tensor) -> tuple[Tensors, Tensors]:
-            def paired(*eps: Tensor) -> tuple[Tensor, Any]:
-                run = self.severed_run(dict(zip(names, eps, strict=True)), patches=features)
-                paired = [run.value if key is None else (self.g[key] * run.outputs[key]).sum() for key in readers]
-                read = [key for key in readers if key is not None]
-                return torch.stack(paired).sum(), [
-                    kept[key] for kept in (run.outputs, run.features)[: 1 + features] for key in read
-                ]
+        def gradients(*variables: Tensor) -> tuple[Tensors, Tensors]:
+            def found(*variables: Tensor) -> tuple[Tensors, Tensors]:
+                seen = self.read([*paired, *kept], dict(zip(names, variables, strict=True)))
+                return seen[: len(paired)], seen[len(paired) :]
 
-            (_, outputs), gradient = flat_value_and_grad(paired, eps, verb="hessian_diagonal")
-            return (*gradient, *outputs), ()
+            seen, pull, others = flat_vjp(found, variables)
+            return (*pull(cotangents), *seen, *others), ()
 
-        return gradients
-
-    def pushed(self, names: Sequence[Key], readers: Sequence[Key], seeds: Sequence[Tensor], *, features: bool = False) -> Tensors:
-        """Derivatives of these gradients, and of outputs and features, along stacked seeds."""
-        zeros = tuple(self.zeros(name) for name in names)
+        at = tuple(self.z[name] if name in self.z else self.zeros(name) for name in names)
         copies = 1 if self.plan.whole else len(self.samples)
         step = max(1, int(WORKING_SET / (3 * self.plan.saved * copies + 1)))
-        along = flat_vmap(lambda *v: flat_jvp(self.gradients(names, readers, features), zeros, v)[1])
+        along = flat_vmap(lambda *v: flat_jvp(gradients, at, v)[1])
         parts = [along(*some) for some in zip(*(seed.split(step) for seed in seeds), strict=True)]
         return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
 
@@ -194,90 +242,113 @@ class _Stages:
         eye = torch.eye(zero[0].numel(), dtype=zero.dtype, device=zero.device)
         return eye.view(-1, 1, *zero.shape[1:]).expand(-1, *zero.shape).contiguous()
 
-    def residuals(self, sites: Sequence[Site], readers: Sequence[Key]) -> list[Term | None]:
-        """R of each site, by one direction where it is diagonal; ``None`` where it vanishes."""
-        names = [site.key for site in sites]
-        seeds = [_probes(self.zeros(name)) for name in names]
-        moved = self.pushed(names, readers, seeds)
+    def residuals(self, sites: Sequence[Site]) -> tuple[list[Term | None], list[Tensor | None]]:
+        """Of each site but the last R, by one direction where it is diagonal, ``None`` where it vanishes.
+
+        And the diagonal (N, u) of dh/dz, h the features that are read there, if nothing else differs from zero.
+        """
+        names, readings = [site.key for site in sites[:-1]], [self.reading(site.key) for site in sites[1:]]
+        seeds = [_probes(self.z[name]) for name in names]
+        moved = self.pushed(names, readings, seeds) if names else ()
         found: list[Term | None] = []
-        for name, reader, seed, along in zip(names, readers, seeds, moved, strict=False):
-            ones, others = along[0], along[1:]
-            off = (others - seed[1:] * ones).abs() / seed[1:].abs()
-            if bool(off.max() <= SLACK * torch.finfo(ones.dtype).eps * ones.abs().max()):
-                found.append(Term(None, ones.flatten(1)) if bool(ones.any()) else None)
+        slopes: list[Tensor | None] = []
+        for name, reading, seed, along, read in zip(names, readings, seeds, moved, moved[len(names) :], strict=False):
+            if _acts_by_unit(along, seed):
+                found.append(Term(None, along[0].flatten(1)) if bool(along[0].any()) else None)
             else:
-                R = self.pushed([name], [reader], [self.units(name)])[0]
+                R = self.pushed([name], [reading], [self.units(name)])[0]
                 found.append(Term(None, R.flatten(2).transpose(0, 1)))
-        return found
+            slopes.append(_slope(read.flatten(2), seed.flatten(2)) if reading[1] == "h" else None)
+        return found, slopes
 
-    def pulled(self, term: Term, s: Site, t: Site) -> Tensor:
-        """The columns of a term at t, as columns at s, the site before it: V J."""
-        columns, zero = term.columns, self.zeros(s.key)
+    def pulled(self, term: Term, s: Site, t: Site, slope: Tensor | None) -> Term:
+        """A term at t as one at s, the site before it: the same with columns V J, where J may have a diagonal ``slope``."""
+        columns = self._at_reading(term, t)
+        if slope is None:
+            zero = self.z[s.key]
+            _, pull, _ = flat_vjp(lambda z: (self.read([self.reading(t.key)], {s.key: z}), ()), (zero,))
+            cotangents = columns.expand(-1, len(zero), -1).unflatten(-1, (t.positions, -1))
+            return Term(flat_vmap(lambda v: pull((v,)))(cotangents)[0].flatten(2), term.core)
+        columns = columns[..., : s.size]
+        return Term(columns, term.core, slope) if columns.shape[1] == 1 else Term(columns * slope, term.core)
 
-        def read(eps: Tensor) -> tuple[Tensors, Tensors]:
-            run = self.severed_run({s.key: eps})
-            return ((run.features if t.key in self.flat else run.outputs)[t.key],), ()
+    def _at_reading(self, term: Term, t: Site) -> Tensor:
+        """The columns of a term at t as those of what is read there, (c, N, w) or (c, 1, w)."""
+        if term.columns is None:
+            W = self.matrix(t.key) if t.key in self.flat else torch.eye(t.size, dtype=term.core.dtype, device=term.core.device)
+            return W[:, None]
+        V = term.spread() if term.scale is not None else term.columns
+        return V @ self.matrix(t.key) if t.key in self.flat else V
 
-        if columns is None:
-            columns = torch.eye(t.size, dtype=zero.dtype, device=zero.device)[:, None]
-        cotangents = columns @ self._matrix(t) if t.key in self.flat else columns
-        cotangents = cotangents.expand(-1, len(zero), -1).unflatten(-1, (t.positions, -1))
-        _, pull, _ = flat_vjp(read, (zero,))
-        return flat_vmap(lambda v: pull((v,)))(cotangents)[0].flatten(2)
-
-    def _matrix(self, t: Site) -> Tensor:
+    def matrix(self, key: Key) -> Tensor:
         """W of a site, (out, width)."""
-        return torch.cat([self.plan.x[entry.leaf].flatten()[entry.index] for entry in t.entries], 1)
+        site = next(site for site in self.plan.groups if site.key == key)
+        return torch.cat([self.plan.x[entry.leaf].flatten()[entry.index] for entry in site.entries], 1)
 
 
-def _probes(zero: Tensor) -> Tensor:
-    """Ones, and directions whose entries are random powers of two: products with them are exact."""
+def _probes(z: Tensor) -> Tensor:
+    """Ones, and directions whose entries are random powers of two: products with them are exact. No two samples have the same."""
     generator = torch.Generator().manual_seed(0)
-    shape = (PROBES, *zero.shape)
+    shape = (PROBES, len(z) + z[0].numel() - 1)
     powers = torch.randint(-16, 16, shape, generator=generator)
     signs = 2 * torch.randint(2, shape, generator=generator) - 1
-    return torch.cat([torch.ones(1, *zero.shape), signs * torch.exp2(powers.float())]).to(zero)
+    drawn = (signs * torch.exp2(powers.float())).to(z)
+    return torch.cat([torch.ones_like(z)[None], drawn.unfold(1, z[0].numel(), 1).reshape(PROBES, *z.shape)])
+
+
+def _acts_by_unit(along: Tensor, seed: Tensor) -> bool:
+    """Whether a matrix whose products with probes are ``along`` is diagonal, for every sample."""
+    ones, others = along[0], along[1:]
+    off = (others - seed[1:] * ones).abs() / seed[1:].abs()
+    return bool(off.max() <= SLACK * torch.finfo(ones.dtype).eps * ones.abs().max())
+
+
+def _slope(along: Tensor, seed: Tensor) -> Tensor | None:
+    """The diagonal of dh/dz from its products with probes, if h has a feature for each unit and nothing else that moves."""
+    u = seed.shape[-1]
+    alike = along.shape[-1] >= u and _acts_by_unit(along[..., :u], seed) and not bool(along[..., u:].any())
+    return along[0, :, :u] if alike else None
 
 
 # ---------------------------------------------------------------------------------------------------- all stages
 
 
 def diagonal_by_stages(plan: Lift, samples: Part) -> Iterator[Contribution]:
-    """What some samples add to the diagonal of the Hessian: leaf, places in it, values; the plan must be :func:`chained`."""
+    """What some samples add to the diagonal of the Hessian: entries, and values at these; the plan must be :func:`chained`."""
     sites, inputs = _sites(plan), plan.found.inputs
     stages = _Stages.of(plan, samples)
     last = sites[-1]
-    A = stages.pushed([last.key], [None], [stages.units(last.key)])[0]
+    A = stages.pushed([last.key], [(None, "")], [stages.units(last.key)])[0]
     terms = [Term(None, A.flatten(2).transpose(0, 1))]
-    residuals = stages.residuals(sites[:-1], [site.key for site in sites[1:]]) if len(sites) > 1 else []
+    residuals, slopes = stages.residuals(sites)
     yield from _of_direct(stages, None, [], inputs[None])
     for number in reversed(range(len(sites))):
         site = sites[number]
+        values = _diagonal_of(terms, stages.h[site.key], site.out)
         for part, entry in site.slices():
-            values = [_diagonal_of(term, stages.h[site.key][..., part], site.out) for term in terms]
-            yield entry.leaf, entry.index.flatten(), torch.stack(values).sum(0).flatten()
+            yield entry, values[:, part]
         if number or any(name not in plan.found.reads for name in inputs[site.key]):
             terms = _united(terms, site.size)
         yield from _of_direct(stages, site, terms, inputs[site.key])
         if number:
             before, residual = sites[number - 1], residuals[number - 1]
-            terms = [Term(stages.pulled(term, before, site), term.core) for term in terms]
+            terms = [stages.pulled(term, before, site, slopes[number - 1]) for term in terms]
             terms += [residual] if residual else []
 
 
 def _of_direct(stages: _Stages, site: Site | None, terms: Sequence[Term], inputs: Any) -> Iterator[Contribution]:
     """The direct leaves that enter at a site, or in the loss: J^T A J + R, along every coordinate."""
     for name in sorted(name for name in inputs if name not in stages.plan.found.reads):
-        R, *J = stages.pushed([name], [site and site.key], [stages.units(name)])
+        R, *J = stages.pushed([name], [(site and site.key, "z")], [stages.units(name)])
         values = R.flatten(1).diagonal()
-        for moved in J:
+        for moved in J if site else ():
             z = moved.flatten(2).permute(2, 1, 0)  # (unit, n, coordinate)
             for term in terms:
-                y = z if term.columns is None else torch.einsum("unm,cnu->cnm", z, term.columns)
+                y = z if term.columns is None else torch.einsum("unm,cnu->cnm", z, term.spread())
                 values = values + (y * term.times(y)).sum((0, 1))
         group = next(group for group in stages.plan.groups if group.key == name)
         (entry,) = group.entries
-        yield entry.leaf, entry.index.flatten(), values
+        yield entry, values.view(entry.index.shape)
 
 
 # ---------------------------------------------------------------------------------------------------- all pairs
@@ -351,15 +422,15 @@ def _side_by_side(stages: _Stages, entering: Sequence[tuple[Key, list[Key]]]) ->
             seeds.append(part.reshape(-1, 1, *zero.shape[1:]).expand(-1, *zero.shape).contiguous())
     readers = [t for t, _ in entering]
     read = [t for t in readers if t is not None]
-    moved = iter(stages.pushed(list(zeros), readers, seeds, features=bool(read)))
-    gradients, outputs, features = (dict(zip(keys, moved, strict=False)) for keys in (zeros, read, read))
+    moved = iter(stages.pushed(list(zeros), [(t, "z") for t in readers], seeds, [(t, "h") for t in read]))
+    gradients, outputs, features = (dict(zip(keys, moved, strict=False)) for keys in (zeros, readers, read))
     for (t, names), of in zip(entering, sizes, strict=True):
 
         def rows(m: Tensor, names: list[Key] = names, of: list[int] = of) -> dict[Key, Tensor]:
             return dict(zip(names, m[: sum(of)].split(of), strict=True))
 
         R = {(a, b): rows(gradients[b])[a].flatten(2).transpose(0, 1) for i, a in enumerate(names) for b in names[i:]}
-        J = {a: m.flatten(2).permute(1, 2, 0) for a, m in rows(outputs[t]).items()} if t in outputs else {}
+        J = {a: m.flatten(2).permute(1, 2, 0) for a, m in rows(outputs[t]).items()} if t in features else {}
         yield R, J, {a: m.permute(1, 2, 3, 0) for a, m in rows(features[t]).items()} if t in features else {}
 
 

@@ -57,7 +57,7 @@ DEARER = 5  # rows that cost as much as a direction through a graph of sites tha
 WORTH_A_PROOF = 128 * MIB  # bytes that rows would write, before a plain function is asked for its parts
 PROOF = 12  # bytes that a proof takes at its peak for one of the intermediate results of f
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
-_plans: weakref.WeakKeyDictionary[Any, dict[Any, Discovery]] = weakref.WeakKeyDictionary()
+_plans: weakref.WeakKeyDictionary[Any, dict[Any, tuple[Discovery, int]]] = weakref.WeakKeyDictionary()
 _certified: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
 
@@ -119,16 +119,17 @@ def _planned(
         return risk.sample_loss(at(leaves), *samples.rebuild([t[0] for t in samples.tensors]))
 
     plans = _of_function(_plans, problem.f)
+    known, saved = plans.get(kind, (None, None))
     try:
-        found, parts = _in_parts(loss, x, problem.space.sizes, parts_of or (lambda *_: 1), plans.get(kind))
+        found, parts = _in_parts(loss, x, problem.space.sizes, parts_of or (lambda *_: 1), known)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         if out_of_memory(error):
             raise
         return f"the loss could not be watched on one sample ({type(error).__name__}: {error})"
     if isinstance(found, str):
         return found
-    plans[kind] = found
-    saved = problem.seen.saved if whole else bytes_of_a_sample(risk, at(x), samples)
+    saved = problem.seen.saved if whole else saved or bytes_of_a_sample(risk, at(x), samples)
+    plans[kind] = found, saved
     plan = Lift(problem, risk, at, samples, found, parts, whole, _groups(found, x, parts), saved, output)
     if not found.sites:
         return "no leaf enters through affine sites alone"
@@ -264,8 +265,12 @@ def lifted_diagonal(plan: Lift) -> Tensors:
 def _by_stages(plan: Lift) -> Tensors:
     diagonal = [torch.zeros(t.numel(), dtype=t.dtype, device=t.device) for t in plan.x]
     for part in plan.samples.split(samples_of_a_stage(plan)):
-        for leaf, where, values in diagonal_by_stages(plan, part):
-            diagonal[leaf].index_add_(0, where, values)
+        for entry, values in diagonal_by_stages(plan, part):
+            if entry.lattice is None:
+                diagonal[entry.leaf].index_add_(0, entry.index.flatten(), values.flatten())
+            else:
+                start, down, right = entry.lattice
+                diagonal[entry.leaf].as_strided(values.shape, (down, right), start).add_(values)
     return tuple(d.view(t.shape) for d, t in zip(diagonal, plan.x, strict=True))
 
 

@@ -10,7 +10,8 @@ Samples are mapped over inside of everything: what is differentiated is one func
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -88,10 +89,11 @@ class Lift:
         samples: Part,
         eps: Mapping[Key, Tensor],
         moves: Callable[[Key], Any] | None = None,
-        severed: Mapping[Key, Tensor] | None = None,
+        severed: Mapping[Key, Tensor] = MappingProxyType({}),
         *,
         apart: bool = False,
-        patches: bool = True,
+        outputs: Collection[Key] = (),
+        features: Collection[Key] | None = None,
     ) -> Run:
         """The loss with perturbations by group.
 
@@ -99,15 +101,16 @@ class Lift:
             samples: some of the samples.
             eps: the perturbations, shaped as :meth:`zeros`.
             moves: gives for a group what is added to its perturbation, as a function of the features.
-            severed: constants, shaped as :meth:`zeros`, with which sites go on (:class:`functional_hess.sites.Lifted`).
+            severed: tensors, shaped as :meth:`zeros`, with which sites go on (:class:`functional_hess.sites.Lifted`).
             apart: every sample perturbs the direct leaves by its own, too.
-            patches: whether the features of convolutions are wanted.
+            outputs: the sites whose output is wanted.
+            features: the sites whose features are wanted; by default all.
         """
         leaves = [("leaf", k) for k in self.found.direct if ("leaf", k) in eps]
         shifted = [*(site.key for site in self.found.sites if site.key in eps), *(leaves if apart else [])]
-        cut = [] if severed is None else list(severed)
-        copies = (*(eps[key] for key in shifted), *((severed or {})[key] for key in cut))
+        copies = (*(eps[key] for key in shifted), *severed.values())
         shared = {} if apart else {name: eps[name][0] for name in leaves}
+        wanted = [site.key for site in self.found.sites] if features is None else features
         met: list[tuple[Key, str]] = []
 
         def moved(key: Key, e: Tensor) -> Any:
@@ -121,17 +124,13 @@ class Lift:
                 shift: Any = shifts.pop(name)
                 shift = shift(x[name[1]].new_ones(1, 1)) if callable(shift) else shift
                 x[name[1]] = x[name[1]] + shift.view(x[name[1]].shape)
-            constants = None if severed is None else dict(zip(cut, given[len(shifted) :], strict=False))
-            with Lifted(x, self.found, shifts, constants, patches=patches) as run:
+            cut = dict(zip(severed, given[len(shifted) :], strict=False))
+            with Lifted(x, self.found, shifts, cut, outputs=outputs, features=features) as run:
                 value = self.risk.sample_loss(self.at(x), *samples.rebuild(given[len(copies) :]))
-            features = {(site.key, "h"): run.features[site.key] for site in self.found.sites if run.features[site.key]}
-            outputs = {(site.key, "z"): run.outputs[site.key] for site in self.found.sites if run.outputs}
-            met[:] = [*features, *outputs]
-            return (
-                value,
-                *(parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in features.values()),
-                *outputs.values(),
-            )
+            shown = {key: parts for key, parts in run.features.items() if parts and key in wanted}
+            met[:] = [*((key, "h") for key in shown), *((key, "z") for key in run.kept)]
+            h = (parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in shown.values())
+            return value, *h, *run.kept.values()
 
         if self.whole:
             value, *found = of_copy(*(t.flatten(0, 1) for t in copies), *(t[0] for t in samples.tensors))
@@ -140,8 +139,8 @@ class Lift:
             values, *found = flat_vmap(of_copy)(*copies, *samples.tensors)
             value = values.sum()
         by_name = dict(zip(met, found, strict=True))
-        features, outputs = ({key: t for (key, what), t in by_name.items() if what == which} for which in "hz")
-        return Run(value * self.scale, features, outputs)
+        h, z = ({key: t for (key, what), t in by_name.items() if what == which} for which in "hz")
+        return Run(value * self.scale, h, z)
 
 
 def samples_at_once(plan: Lift) -> int:

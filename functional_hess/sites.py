@@ -22,7 +22,8 @@ import functools
 import itertools
 import math
 import string
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -227,12 +228,13 @@ class Entry:
 class Site:
     """A place for one perturbation of shape (positions, out) in z = sum over entries of W h; the features of a bias are 1.
 
-    ``order`` takes a flat z to that shape, or is ``None`` where it lies so already.
+    ``units`` says where in z, flattened, each of them is added; ``shape`` is that of z.
     """
 
     key: Key
     units: Tensor
     entries: tuple[Entry, ...]
+    shape: tuple[int, ...] = ()
 
     @property
     def positions(self) -> int:
@@ -410,7 +412,8 @@ class _Discover(_Watch):
             entries.append(Entry(self.seen[id(product.bias)][0], bias[0][:, None], True))
         self.calls += 1
         self.beside |= set() if own or product.bias is None else {self.calls}
-        return self.place(Site(self.calls, numbers, tuple(entries)), z, [h, *([_ones(h)] if own else [])])
+        site = Site(self.calls, numbers, tuple(entries), tuple(z.shape))
+        return self.place(site, z, [h, *([_ones(h)] if own else [])])
 
     def sum(self, a: Tensor, b: Tensor, func: Any, args: Sequence[Any]) -> Tensor:
         key, other = self.sum_key(a, b)
@@ -430,7 +433,8 @@ class _Discover(_Watch):
             more = [_ones(self.features[key[0]][0])]
         self.absorbed |= {key[0]} | ({other} if other is not None else set())
         self.beside |= {key} if key[1] is None or {key[0], other} & self.beside else set()
-        return self.place(Site(key, first.units, entries), self.raw[key[0]] + added, self.features[key[0]] + more)
+        site = Site(key, first.units, entries, first.shape)
+        return self.place(site, self.raw[key[0]] + added, self.features[key[0]] + more)
 
     def place(self, site: Site, z: Tensor, features: list[Tensor]) -> Tensor:
         self.sites[site.key], self.raw[site.key] = site, z
@@ -439,15 +443,16 @@ class _Discover(_Watch):
 
 
 class Lifted(_Watch):
-    """The same run with perturbations: ``features`` holds h of every site afterwards, ``outputs`` z without its perturbation.
+    """The same run with perturbations: ``features`` holds h of every site afterwards, ``kept`` z without its perturbation.
 
     Args:
         leaves: the point; tracked leaves are constants, direct ones may be perturbed themselves.
         found: what discovery found.
         eps: perturbations by key of a site, each of shape (positions, out), or a function that gives it from the features.
-        severed: constants, of that shape too, that sites go on with in place of z: then nothing depends on an earlier site but
-            by way of them. Only where this is given ``outputs`` are kept.
-        patches: whether the features of convolutions are wanted.
+        severed: tensors, of that shape too, that sites go on with in place of z: then nothing depends on an earlier site but
+            by way of them, and a product that nobody asks for is not computed.
+        outputs: the sites whose z is kept.
+        features: the sites whose features are wanted; by default all.
 
     Raises:
         SitesChanged: on leaving, if the sites met are not those found.
@@ -458,13 +463,16 @@ class Lifted(_Watch):
         leaves: Sequence[Tensor],
         found: Discovery,
         eps: Mapping[Key, Any],
-        severed: Mapping[Key, Tensor] | None = None,
+        severed: Mapping[Key, Tensor] = MappingProxyType({}),
         *,
-        patches: bool = True,
+        outputs: Collection[Key] = (),
+        features: Collection[Key] | None = None,
     ) -> None:
         super().__init__(leaves, found.tracked, found.forbidden)
-        self.found, self.eps, self.severed, self.patches = found, eps, severed, patches
-        self.outputs: dict[Key, Tensor] = {}
+        self.found, self.eps, self.severed, self.outputs = found, eps, severed, outputs
+        self.shown = found.every if features is None else {part for key in features for part in _summands(key)}
+        self.instead = {part: key for key in severed if key not in outputs for part in _summands(key)}
+        self.kept: dict[Key, Tensor] = {}
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         super().__exit__(kind, error, trace)
@@ -492,10 +500,10 @@ class Lifted(_Watch):
     def product(self, product: _Product, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
         self.calls += 1
         features = []
-        if self.patches or not product.is_convolution:
+        if self.calls in self.shown:
             h = product.features()
             features = [h, *([_ones(h)] if self.own_bias(product) else [])]
-        return self.place(self.found.every[self.calls], func(*args, **kwargs), features)
+        return self.place(self.calls, lambda: func(*args, **kwargs), features)
 
     def sum(self, a: Tensor, b: Tensor, func: Any, args: Sequence[Any]) -> Tensor:
         key, other = self.sum_key(a, b)
@@ -504,18 +512,30 @@ class Lifted(_Watch):
         self.absorbed |= {key[0]} | ({other} if other is not None else set())
         features = self.features[key[0]]
         more = self.features[other] if other is not None else [_ones(features[0])] if self.is_leaf(b) and features else []
-        return self.place(self.found.every[key], func(*args), features + more if features and (more or other is None) else [])
+        return self.place(key, lambda: func(*args), features + more if features and (more or other is None) else [])
 
-    def place(self, site: Site, z: Tensor, features: list[Tensor]) -> Tensor:
-        if self.severed is not None:
-            self.outputs[site.key] = _as_units(z, site.units)
-            if site.key in self.severed:  # batched as z is, so that operations in place on z go on working
-                z = _in_shape_of(z, self.severed[site.key], site.units) * z.new_ones(z.shape)
-        if site.key in self.eps:
-            eps: Any = self.eps[site.key]
+    def place(self, key: Key, compute: Callable[[], Tensor], features: list[Tensor]) -> Tensor:
+        site = self.found.every[key]
+        if key in self.instead:
+            z = _as_output(self.severed[self.instead[key]], site).clone()  # another operation may write to it
+        else:
+            z = compute()
+        if key in self.outputs:
+            self.kept[key] = _as_units(z, site.units)
+            z = _as_output(self.severed[key], site).clone() if key in self.severed else z
+        if key in self.eps:
+            eps: Any = self.eps[key]
             moved: Any = eps(torch.cat(features, 1)) if callable(eps) else eps
-            z = z + _in_shape_of(z, moved, site.units)
-        return self.put(site.key, z, features)
+            z = z + _as_output(moved, site)
+        return self.put(key, z, features)
+
+
+def _summands(key: Key) -> Iterator[Key]:
+    """A site and those whose sum it is."""
+    yield key
+    if isinstance(key, tuple) and key[0] != "bias":
+        for part in key:
+            yield from _summands(part)
 
 
 def _as_units(z: Tensor, units: Tensor) -> Tensor:
@@ -525,13 +545,12 @@ def _as_units(z: Tensor, units: Tensor) -> Tensor:
     return z.flatten()[units]
 
 
-def _in_shape_of(z: Tensor, eps: Tensor, units: Tensor) -> Tensor:
-    """A perturbation of shape (positions, out) as one of z."""
-    flat = eps.flatten()
-    places = units.flatten()
+def _as_output(eps: Tensor, site: Site) -> Tensor:
+    """A perturbation of shape (positions, out) in the shape of z."""
+    flat, places = eps.flatten(), site.units.flatten()
     if not places.equal(torch.arange(places.numel(), device=places.device)):
         flat = flat[places.argsort()]
-    return flat.view(z.shape)
+    return flat.view(site.shape)
 
 
 # ---------------------------------------------------------------------------------------------------- finding them

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from networks import numbers
 from oracles import relative_error
 from test_lifting import ARCHITECTURES, Architecture, N, X, ce, every_architecture, params
+from torch.overrides import TorchFunctionMode
 
 import functional_hess as fh
 from functional_hess import Space, elimination, empirical_risk, lifting
+from functional_hess.sites import Lifted, find_sites
 
 NO_CHAIN = {
     "shared and transposed", "residual", "two weights in one sum", "recurrent", "attention", "tied embedding", "used in two ways",
@@ -129,6 +131,76 @@ def test_a_residual_that_is_not_diagonal_is_seen_in_any_sample(routes, monkeypat
     net = next(net for net in NETS if net.name == "orders")
     monkeypatch.setattr(elimination, "_probes", lambda zero: torch.ones(2, *zero.shape).to(zero))
     assert relative_error(diagonal(net), net.truth().diagonal()) > 1e-3
+
+
+@pytest.mark.parametrize("many", [0, 100])
+def test_terms_may_be_united_early_or_late(many, routes, monkeypatch):
+    monkeypatch.setattr(elimination, "MANY_COLUMNS", many)
+    for net in (net for net in NETS if net.name in ("deep, tanh", "deep, softmax", "gains")):
+        assert relative_error(diagonal(net), net.truth().diagonal()) < 1e-12
+
+
+@pytest.mark.parametrize("core", [(4, 3), (4, 3, 3)], ids=["diagonal", "full"])
+@pytest.mark.parametrize("columns", [(3, 4, 5), (3, 1, 5), None], ids=["of each sample", "shared", "unit matrix"])
+def test_a_term_is_the_product_that_it_stands_for(core, columns, generator):
+    core = torch.randn(core, generator=generator, dtype=torch.float64)
+    core = core + core.mT if core.dim() == 3 else core
+    V = None if columns is None else torch.randn(columns, generator=generator, dtype=torch.float64)
+    scale = torch.randn(4, 5, generator=generator, dtype=torch.float64) if columns == (3, 1, 5) else None
+    term = elimination.Term(V, core, scale)
+    full = (
+        torch.eye(3, dtype=torch.float64).expand(4, 3, 3) if V is None else (V * (1 if scale is None else scale)).transpose(0, 1)
+    )
+    truth = full.mT @ (core if core.dim() == 3 else torch.diag_embed(core)) @ full
+    assert relative_error(term.dense(), truth) < 1e-14
+    assert relative_error(term.diagonal(), truth.diagonal(dim1=1, dim2=2)) < 1e-14
+
+
+def slopes_seen(monkeypatch):
+    seen, honest = [], elimination._slope
+    monkeypatch.setattr(elimination, "_slope", lambda *args: seen.append(honest(*args)) or seen[-1])
+    return seen
+
+
+def test_only_where_features_are_functions_of_one_unit_each_no_column_is_differentiated(routes, monkeypatch):
+    seen = slopes_seen(monkeypatch)
+    acts_by_unit = {"tanh": True, "relu": True, "gelu": True, "layer_norm": False, "softmax": False, "sorted": False}
+    for name, expected in acts_by_unit.items():
+        diagonal(next(net for net in NETS if net.name == f"deep, {name}"))
+        assert [slope is not None for slope in seen] == [expected] * 3
+        seen.clear()
+
+
+def test_a_slope_that_passes_for_diagonal_would_be_wrong(routes, monkeypatch):
+    """The random directions are what tells a softmax from a function of each unit."""
+    net = next(net for net in NETS if net.name == "deep, softmax")
+    monkeypatch.setattr(elimination, "_slope", lambda along, seed: along[0, :, : seed.shape[-1]])
+    assert relative_error(diagonal(net), net.truth().diagonal()) > 1e-3
+
+
+def test_a_product_that_nobody_asks_for_is_not_computed():
+    class Count(TorchFunctionMode):
+        products = 0
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            self.products += func is torch.Tensor.matmul or getattr(func, "__name__", "") == "__matmul__"
+            return func(*args, **(kwargs or {}))
+
+    net = NETS[0]
+    names, leaves = sorted(net.p), [net.p[name] for name in sorted(net.p)]
+
+    def loss(x):
+        return net.loss(dict(zip(names, x, strict=True)), net.X[0], net.y[0])
+
+    found = find_sites(loss, leaves)
+    severed = {site.key: torch.zeros(site.units.shape, dtype=torch.float64) for site in found.sites}
+    expected = {(): 0, (found.sites[1].key,): 1, tuple(severed): len(severed)}
+    for outputs, products in expected.items():
+        with Count() as count, Lifted(leaves, found, {}, severed, outputs=outputs, features=[found.sites[0].key]) as run:
+            loss(leaves)
+        assert count.products == products
+        assert {key for key, parts in run.features.items() if parts} >= {found.sites[0].key}
+        assert tuple(run.kept) == outputs
 
 
 def test_the_first_pairs_are_held_to_the_product_of_the_sites(monkeypatch):
