@@ -20,8 +20,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
-import string
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -31,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from functional_hess.affine import Product, recognized
 from functional_hess.levels import reached_variables
 from functional_hess.nesting import is_outermost
 from functional_hess.tree import tensors_of
@@ -39,7 +38,6 @@ __all__ = ["Discovery", "Entry", "Key", "Lifted", "Site", "SitesChanged", "find_
 
 Tensors = tuple[Tensor, ...]
 Loss = Callable[[Sequence[Tensor]], Tensor]
-IsLeaf = Callable[[Any], bool]
 Key = Any
 
 VIEWS = frozenset(
@@ -49,157 +47,10 @@ VIEWS = frozenset(
     )
 )
 SUMS = frozenset(("add", "__add__", "__radd__"))
-PRODUCTS = frozenset(("matmul", "__matmul__", "mm", "mv", "dot"))
-CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
-POSITIONS = string.ascii_lowercase
 
 
 class SitesChanged(RuntimeError):
     """The function met other sites than when it was watched first."""
-
-
-# ---------------------------------------------------------------------------------------------------- recognizing a product
-
-
-@dataclasses.dataclass(frozen=True)
-class _Product:
-    """z = W h + b with W a view of a leaf: how z, h and W are seen as (positions, out), (positions, in) and (out, in).
-
-    ``trailing`` dimensions of z come after those of b: those of a convolution.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    trailing: int
-    features: Callable[[], Tensor]
-    units: Callable[[Tensor], Tensor]
-    matrix: Callable[[Tensor], Tensor]
-
-    @property
-    def is_convolution(self) -> bool:
-        return self.trailing > 0
-
-
-def _recognized(name: str, args: Sequence[Any], kwargs: dict[str, Any], is_leaf: Callable[[Any], bool]) -> _Product | None:
-    """The product that a call is, if one operand is a leaf or a view of one."""
-    if name in CONVOLUTIONS:
-        return _convolution(CONVOLUTIONS[name], _bound(("input", "weight", *_CONVOLUTION), args, kwargs), is_leaf)
-    if name == "embedding":
-        return _embedding(_bound(("input", "weight", *_EMBEDDING), args, kwargs), is_leaf)
-    if name == "__getitem__" and len(args) == 2 and is_leaf(args[0]):
-        return _embedding({"weight": args[0], "input": args[1]}, is_leaf)
-    if name == "linear":
-        given = _bound(("input", "weight", "bias"), args, kwargs)
-        if is_leaf(given["weight"]) and given["weight"].dim() == 2 and given["input"].dim():
-            lead = POSITIONS[: given["input"].dim() - 1]
-            return _einsum(given["weight"], given["input"], "OI", lead + "I", lead + "O", given.get("bias"))
-        return None
-    if kwargs:
-        return None
-    if name in ("addmm", "addmv") and len(args) == 3:
-        product = _recognized("matmul", args[1:], {}, is_leaf)
-        return product and dataclasses.replace(product, bias=args[0])
-    if name in PRODUCTS and len(args) == 2:
-        return _matmul(args[0], args[1], is_leaf)
-    if name == "einsum" and len(args) == 3 and isinstance(args[0], str) and "->" in args[0] and "." not in args[0]:
-        (left, out), (a, b) = args[0].replace(" ", "").split("->"), args[1:]
-        la, _, lb = left.partition(",")
-        if is_leaf(b):
-            return _einsum(b, a, lb, la, out)
-        return _einsum(a, b, la, lb, out) if is_leaf(a) else None
-    return None
-
-
-_CONVOLUTION = ("bias", "stride", "padding", "dilation", "groups")
-_EMBEDDING = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
-
-
-def _bound(names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-def _matmul(a: Any, b: Any, is_leaf: Callable[[Any], bool]) -> _Product | None:
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.dim() and b.dim()):
-        return None
-    if is_leaf(b) and b.dim() <= 2:
-        lead = POSITIONS[: a.dim() - 1]
-        return _einsum(b, a, "IO"[: b.dim()], lead + "I", lead + "O"[: b.dim() - 1])
-    if is_leaf(a) and a.dim() <= 2:
-        out, lead, last = "O"[: a.dim() - 1], POSITIONS[: max(b.dim() - 2, 0)], "z"[: b.dim() - 1]
-        return _einsum(a, b, out + "I", lead + "I" + last, lead + out + last)
-    return None
-
-
-def _einsum(weight: Tensor, x: Tensor, lw: str, lx: str, out: str, bias: Any = None) -> _Product | None:
-    """The product with letters ``lw,lx->out``, if every letter of the weight is summed against x or stays."""
-    ins = [c for c in lw if c in lx]
-    outs, positions = [c for c in lw if c not in lx], [c for c in lx if c not in lw]
-    plain = len({*lw}) == len(lw) == weight.dim() and len({*lx}) == len(lx) == x.dim() and len({*out}) == len(out)
-    if not plain or {*ins} & {*out} or {*outs, *positions} != {*out}:
-        return None
-    if any(weight.shape[lw.index(c)] != x.shape[lx.index(c)] for c in ins) or (bias is not None and not isinstance(bias, Tensor)):
-        return None
-    wide = math.prod(weight.shape[lw.index(c)] for c in ins)
-    tall = math.prod(weight.shape[lw.index(c)] for c in outs)
-    return _Product(
-        weight,
-        bias,
-        0,
-        features=lambda: x.permute([lx.index(c) for c in positions + ins]).reshape(-1, wide),
-        units=lambda z: z.permute([out.index(c) for c in positions + outs]).reshape(-1, tall),
-        matrix=lambda w: w.permute([lw.index(c) for c in outs + ins]).reshape(tall, wide),
-    )
-
-
-def _embedding(given: dict[str, Any], is_leaf: Callable[[Any], bool]) -> _Product | None:
-    """Rows of a table chosen by integers: the product with one-hot features."""
-    table, ids = given["weight"], given["input"]
-    if not is_leaf(table) or table.dim() != 2 or not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
-        return None
-    if given.get("padding_idx") is not None or given.get("max_norm") is not None or given.get("scale_grad_by_freq"):
-        return None
-
-    def features() -> Tensor:
-        hot = (ids % table.shape[0])[..., None] == torch.arange(table.shape[0], device=table.device)
-        return hot.to(table.dtype).reshape(-1, table.shape[0])
-
-    return _Product(table, None, 0, features, lambda z: z.reshape(-1, table.shape[1]), lambda w: w.T)
-
-
-def _convolution(dims: int, given: dict[str, Any], is_leaf: Callable[[Any], bool]) -> _Product | None:
-    """A convolution is a product with patches, whose positions are those of its output."""
-    x, w, padding = given["input"], given["weight"], given.get("padding", 0)
-    if not is_leaf(w) or given.get("groups", 1) != 1 or not isinstance(x, Tensor) or w.dim() != dims + 2:
-        return None
-    kernel, lead = w.shape[2:], x.dim() - dims - 1
-    stride, dilation = (_each(given.get(name, 1), dims) for name in ("stride", "dilation"))
-    if padding == "same":
-        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        pads = [(t // 2, t - t // 2) for t in total]
-    else:
-        pads = [(p, p) for p in _each(0 if padding == "valid" else padding, dims)]
-
-    def features() -> Tensor:
-        patches = F.pad(x, [p for pair in reversed(pads) for p in pair])
-        for i in range(dims):
-            patches = patches.unfold(lead + 1 + i, dilation[i] * (kernel[i] - 1) + 1, stride[i])
-        patches = patches[(..., *(slice(None, None, d) for d in dilation))]  # (lead, channels, positions, kernel)
-        where = [*range(lead), *range(lead + 1, lead + 1 + dims), lead, *range(lead + 1 + dims, lead + 1 + 2 * dims)]
-        return patches.permute(where).reshape(-1, math.prod(w.shape[1:]))
-
-    return _Product(
-        w,
-        given.get("bias"),
-        dims,
-        features,
-        units=lambda z: z.movedim(lead, -1).reshape(-1, w.shape[0]),
-        matrix=lambda index: index.reshape(w.shape[0], -1),
-    )
-
-
-def _each(value: Any, dims: int) -> tuple[int, ...]:
-    value = (value,) if isinstance(value, int) else tuple(value)
-    return value * dims if len(value) == 1 else value
 
 
 # ---------------------------------------------------------------------------------------------------- what is found
@@ -217,6 +68,8 @@ class Entry:
     def lattice(self) -> tuple[int, int, int] | None:
         """(start, step, step) if index[i, j] = start + i step + j step and no two are equal, as in a matrix and its transpose."""
         m, n = self.index.shape
+        if not m * n:
+            return None
         start = int(self.index[0, 0])
         down, right = (int(self.index[1, 0]) - start if m > 1 else n, int(self.index[0, 1]) - start if n > 1 else 1)
         apart = min(down, right) > 0 and (m == 1 or n == 1 or down >= n * right or right >= m * down)
@@ -308,7 +161,7 @@ class _Watch(TorchFunctionMode):
         name = getattr(getattr(func, "__self__", None), "__name__", name) if name == "__get__" else name
         if name in VIEWS and args and self.is_leaf(args[0]) and not tensors_of((tuple(args[1:]), kwargs))[0]:
             return self.view(func, args, kwargs)
-        product = None if name == "embedding" and func is not F.embedding else _recognized(name, args, kwargs, self.is_leaf)
+        product = None if name == "embedding" and func is not F.embedding else recognized(name, args, kwargs, self.is_leaf)
         if product is not None and self.accepts(product) and sum(a is product.weight for a in args) == 1:
             return self.product(product, func, args, kwargs)
         if name in SUMS and len(args) == 2 and not kwargs and all(isinstance(a, Tensor) for a in args):
@@ -327,7 +180,7 @@ class _Watch(TorchFunctionMode):
         key, _, version = self.at[id(t)]
         return key not in self.absorbed and key not in self.forbidden and t._version == version
 
-    def accepts(self, product: _Product) -> bool:
+    def accepts(self, product: Product) -> bool:
         raise NotImplementedError
 
     def numbered(self, leaf: Tensor) -> Any:
@@ -336,7 +189,7 @@ class _Watch(TorchFunctionMode):
     def view(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         raise NotImplementedError
 
-    def product(self, product: _Product, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    def product(self, product: Product, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
         raise NotImplementedError
 
     def sum(self, a: Tensor, b: Tensor, func: Any, args: Sequence[Any]) -> Tensor:
@@ -348,7 +201,7 @@ class _Watch(TorchFunctionMode):
         self.features[key] = features
         return z
 
-    def own_bias(self, product: _Product) -> bool:
+    def own_bias(self, product: Product) -> bool:
         """Whether the bias of a product is a leaf of its own, to be seeded with it."""
         leaf = self.seen[id(product.weight)][0]
         return self.is_leaf(product.bias) and self.seen[id(product.bias)][0] != leaf
@@ -388,11 +241,11 @@ class _Discover(_Watch):
             self.seen[id(view)] = leaf, shadow, view  # the view is held: ids must not be used again
         return out
 
-    def accepts(self, product: _Product) -> bool:
+    def accepts(self, product: Product) -> bool:
         """Its features can leave (no transform of the function's own is active), and the leaf is not multiplied by itself."""
         return is_outermost() and product.weight.dtype.is_floating_point
 
-    def product(self, product: _Product, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    def product(self, product: Product, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
         leaf, index, _ = self.seen[id(product.weight)]
         own = self.own_bias(product)
         cut = {id(product.weight)} | ({id(product.bias)} if own else set())
@@ -488,7 +341,7 @@ class Lifted(_Watch):
         key = self.at[id(t)][0]
         return key not in self.absorbed and key not in self.forbidden
 
-    def accepts(self, product: _Product) -> bool:
+    def accepts(self, product: Product) -> bool:
         return self.calls + 1 in self.found.every
 
     def view(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -497,7 +350,7 @@ class Lifted(_Watch):
         self.seen |= {id(view): (leaf, None, view) for view in _several(out)}
         return out
 
-    def product(self, product: _Product, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    def product(self, product: Product, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
         self.calls += 1
         features = []
         if self.calls in self.shown:

@@ -193,6 +193,7 @@ def test_a_product_that_nobody_asks_for_is_not_computed():
         return net.loss(dict(zip(names, x, strict=True)), net.X[0], net.y[0])
 
     found = find_sites(loss, leaves)
+    assert not isinstance(found, str)
     severed = {site.key: torch.zeros(site.units.shape, dtype=torch.float64) for site in found.sites}
     expected = {(): 0, (found.sites[1].key,): 1, tuple(severed): len(severed)}
     for outputs, products in expected.items():
@@ -227,7 +228,7 @@ def test_the_first_result_is_held_to_products(monkeypatch):
 
     def spoiled(plan, samples):
         calls.append(len(samples))
-        yield from ((leaf, where, 1.001 * values) for leaf, where, values in honest(plan, samples))
+        yield from ((entry, 1.001 * values) for entry, values in honest(plan, samples))
 
     monkeypatch.setattr(lifting, "diagonal_by_stages", spoiled)
     risk, space = empirical_risk(net.loss), Space.of(net.p)

@@ -22,6 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "tree",
         "coloring",
+        "affine",
         "nesting",
         *(f"repaired_{kind}" for kind in ("losses", "places", "sampling", "singular")),
     ),
