@@ -64,6 +64,7 @@ __all__ = [
     "require_room",
     "room_for",
     "survey",
+    "uncounted",
 ]
 
 MIB = 2**20
@@ -122,11 +123,14 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
         inside = depth() > self.depth  # a transform of f's own, whose tensors are others than those it was given
-        largest = self._largest_moving((*args, *kwargs.values()) if kwargs else args, inside)
         out = func(*args, **(kwargs or {}))
+        results = [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, Tensor)]
+        if not results:  # a shape, a dtype: no use of numbers
+            return out
+        largest = self._largest_moving((*args, *kwargs.values()) if kwargs else args, inside)
         made = 0
-        for t in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(t, Tensor) and t.is_floating_point():
+        for t in results:
+            if t.is_floating_point():
                 if largest:
                     self.moving.add(id(t))
                 if not t._is_view():
@@ -164,7 +168,7 @@ class _Watch(TorchFunctionMode):
 @contextlib.contextmanager
 def recomputed() -> Iterator[None]:
     """What is evaluated inside is computed again for derivatives instead of kept: a survey counts the largest such part alone."""
-    watch = next((mode for mode in _get_current_function_mode_stack() if isinstance(mode, _Watch)), None)
+    watch = _watching()
     before = (watch.saved, watch.calls) if watch else (0, 0)
     yield
     if watch:
@@ -172,6 +176,20 @@ def recomputed() -> Iterator[None]:
         beyond = max(0, part[0] - watch.largest[0]), max(0, part[1] - watch.largest[1])
         watch.saved, watch.calls = before[0] + beyond[0], before[1] + beyond[1]
         watch.largest = max(part[0], watch.largest[0]), max(part[1], watch.largest[1])
+
+
+@contextlib.contextmanager
+def uncounted() -> Iterator[None]:
+    """What is evaluated inside is not of f, and a survey of f counts nothing of it."""
+    watch = _watching()
+    before = (watch.saved, watch.calls, watch.held) if watch else (0, 0, 0)
+    yield
+    if watch:
+        watch.saved, watch.calls, watch.held = before
+
+
+def _watching() -> _Watch | None:
+    return next((mode for mode in _get_current_function_mode_stack() if isinstance(mode, _Watch)), None)
 
 
 def survey(f: Callable[..., tuple[Any, Any]], x: Sequence[Tensor]) -> Survey:
@@ -182,7 +200,7 @@ def survey(f: Callable[..., tuple[Any, Any]], x: Sequence[Tensor]) -> Survey:
     """
     aliases = tuple(t.view_as(t) for t in x)  # so that a tensor in two leaves is told apart
     watch = _Watch(aliases)
-    with watch, repaired(always=True):
+    with watch, repaired(always=True, fresh=True):
         value, aux = f(*aliases)
     unused = [leaf for leaf in range(len(x)) if leaf not in watch.order]
     return Survey(value, aux, (*watch.order, *unused), watch.saved, max(watch.calls, 1), watch.held, watch.forward)

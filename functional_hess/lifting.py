@@ -59,6 +59,7 @@ PROOF = 12  # bytes that a proof takes at its peak for one of the intermediate r
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
 _plans: weakref.WeakKeyDictionary[Any, dict[Any, tuple[Discovery, int]]] = weakref.WeakKeyDictionary()
 _certified: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+_refused: weakref.WeakKeyDictionary[Any, dict[Any, str]] = weakref.WeakKeyDictionary()  # rows are right, whatever has changed
 
 
 def lift(problem: Problem, args: Sequence[Any], argnums: Any, output: int, *, diagonal: bool = False) -> Lift | str:
@@ -118,6 +119,9 @@ def _planned(
     def loss(leaves: Sequence[Tensor]) -> Tensor:
         return risk.sample_loss(at(leaves), *samples.rebuild([t[0] for t in samples.tensors]))
 
+    refused = _of_function(_refused, problem.f)
+    if (kind, len(samples)) in refused:
+        return refused[kind, len(samples)]
     plans = _of_function(_plans, problem.f)
     known, saved = plans.get(kind, (None, None))
     try:
@@ -131,16 +135,26 @@ def _planned(
     saved = problem.seen.saved if whole else saved or bytes_of_a_sample(risk, at(x), samples)
     plans[kind] = found, saved
     plan = Lift(problem, risk, at, samples, found, parts, whole, _groups(found, x, parts), saved, output)
-    if not found.sites:
-        return "no leaf enters through affine sites alone"
-    if plan.directions > WORTH * problem.space.dim:
-        return f"{plan.directions:,} directions for {problem.space.dim:,} rows do not pay"
-    costly = saved * len(samples) * problem.space.dim > COSTLY
-    if costly and plan.directions * DEARER > problem.space.dim and not chained(plan):
-        return f"{plan.directions:,} directions through the whole function for {problem.space.dim:,} rows do not pay"
+    reason = _not_worth(plan)
+    if reason:
+        refused[kind, len(samples)] = reason
+        return reason
     if not fits(output + _working(plan), x[0].device):
         return f"lifting would work with {megabytes(_working(plan))} beside the result, and there is less"
     return _certify(plan, (kind, found.tracked, found.forbidden, parts)) or plan
+
+
+def _not_worth(plan: Lift) -> str:
+    """Why rows are no dearer, or ``""``."""
+    if not plan.found.sites:
+        return "no leaf enters through affine sites alone"
+    directions, rows = plan.directions, plan.problem.space.dim
+    if directions > WORTH * rows:
+        return f"{directions:,} directions for {rows:,} rows do not pay"
+    costly = plan.saved * len(plan.samples) * rows > COSTLY
+    if costly and directions * DEARER > rows and not chained(plan):
+        return f"{directions:,} directions through the whole function for {rows:,} rows do not pay"
+    return ""
 
 
 def _in_parts(

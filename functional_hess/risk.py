@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from functional_hess.chunking import MIB, recomputed, survey
+from functional_hess.chunking import MIB, recomputed, survey, uncounted
 from functional_hess.guards import RandomnessError
 from functional_hess.levels import constant_where_unused, flat_remat, flat_vmap
 from functional_hess.nesting import at_depth, depth, is_outermost, is_watched, outside_transforms, unwatched
@@ -37,6 +37,7 @@ __all__ = ["EmpiricalRisk", "Part", "bytes_of_a_sample", "empirical_risk", "samp
 Tree = Any
 Tensors = tuple[Tensor, ...]
 MICROBATCH = 2 * MIB  # bytes of intermediate results: enough for full speed, and dozens of directions of it fit a working set
+KEPT = 8 * MIB  # bytes up to which all samples are evaluated at once: nothing is computed again, and several directions fit
 REDUCTIONS = ("mean", "sum")
 _per_sample: weakref.WeakKeyDictionary[Any, dict[Any, int]] = weakref.WeakKeyDictionary()
 _loaders: weakref.WeakKeyDictionary[Any, _Facts] = weakref.WeakKeyDictionary()
@@ -78,7 +79,8 @@ def empirical_risk(
             ``(params, *inputs) -> output`` of one sample.
         criterion: ``(output, target) -> scalar`` of one sample. The last part of the batch is the target.
         reduction: ``"mean"`` or ``"sum"``.
-        batch_size: samples evaluated at once: ``"auto"`` (about 2 MiB of intermediate results), an int, or ``None`` for all.
+        batch_size: samples evaluated at once: ``"auto"`` (all whose intermediate results take up to 8 MiB, else about 2 MiB of
+            them), an int, or ``None`` for all.
 
     Returns:
         a callable. ``risk(params, X, y)`` takes trees of tensors whose first dimension counts samples; a leaf that is no tensor
@@ -232,7 +234,7 @@ Rebuild = Callable[[Sequence[Any]], Tree]
 def _over_tensors(risk: EmpiricalRisk, rebuild: Rebuild, x: Tensors, batch: tuple[Any, ...]) -> tuple[Tensor, int]:
     """The sum over the samples of a batch of tensors, and their number."""
     terms, whole = functools.partial(_sum_of_losses, risk, rebuild), samples_of(batch)
-    size = _microbatch(risk, rebuild, x, whole)
+    size = _microbatch(risk, rebuild, x, whole, len(whole))
     if size >= len(whole):
         return terms(whole, *x)[0], len(whole)
     closed = _closed(terms, x, [whole.first()], whole.tensors) if _anything_watched() else None
@@ -250,7 +252,7 @@ def _over_tensors(risk: EmpiricalRisk, rebuild: Rebuild, x: Tensors, batch: tupl
 def _over_loader(risk: EmpiricalRisk, rebuild: Rebuild, x: Tensors, loader: Iterable[Any]) -> tuple[Tensor, int]:
     """The sum over the samples of all batches of a loader, and their number."""
     terms, facts = functools.partial(_sum_of_losses, risk, rebuild), _facts_of(loader)
-    size = min(_microbatch(risk, rebuild, x, part) for part in facts.kinds)
+    size = min(_microbatch(risk, rebuild, x, part, facts.count) for part in facts.kinds)
 
     def parts() -> Iterator[Part]:
         count = 0
@@ -282,17 +284,18 @@ def _plain_sum(terms: Terms, parts: Iterable[Part], x: Tensors) -> Tensor:
     return total
 
 
-def _microbatch(risk: EmpiricalRisk, rebuild: Rebuild, x: Tensors, part: Part) -> int:
-    """How many samples at once."""
+def _microbatch(risk: EmpiricalRisk, rebuild: Rebuild, x: Tensors, part: Part, held: int) -> int:
+    """How many samples like those of ``part`` at once, where ``held`` of them are in memory."""
     if risk.batch_size is None:
-        return len(part)
+        return held
     if isinstance(risk.batch_size, int):
         return risk.batch_size
     known = _per_sample.setdefault(risk, {})
     key = (part.kind, *((t.shape, t.dtype) for t in x))
     if key not in known:
-        known[key] = bytes_of_a_sample(risk, rebuild(x), part)
-    return max(1, MICROBATCH // max(1, known[key]))
+        with uncounted():
+            known[key] = bytes_of_a_sample(risk, rebuild(x), part)
+    return held if held * known[key] <= KEPT else max(1, MICROBATCH // max(1, known[key]))
 
 
 # ---------------------------------------------------------------------------------------------------- what the loss closes over

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from functional_hess import MemoryLimitError, Space, chunking, explain, hessian, hessian_blocks, hessian_diagonal, hessian_rows
-from functional_hess.chunking import Estimate, available_bytes, chunk_for, closed_bound, measured, parse_bytes, survey
+from functional_hess.chunking import Estimate, available_bytes, chunk_for, closed_bound, measured, parse_bytes, survey, uncounted
 
 MIB = 2**20
 CPU = torch.device("cpu")
@@ -95,6 +95,28 @@ def test_a_survey_sees_the_value_the_order_of_use_and_what_is_saved():
 def test_a_survey_tells_one_tensor_in_two_leaves_apart():
     a = numbers(2)
     assert survey(lambda p, q: ((q * 2 + p).sum(), None), (a, a)).order == (1, 0)
+
+
+def test_asking_for_a_shape_is_no_use_of_a_leaf():
+    def f(a: Tensor, b: Tensor) -> tuple[Tensor, None]:
+        assert a.shape == a.size() and a.dtype == torch.float64 and not a.requires_grad and a.stride() == (1,)
+        return (torch.exp(b) * a).sum(), None
+
+    assert survey(f, (numbers(4), numbers(4, seed=1))).order == (1, 0)
+
+
+def test_a_survey_counts_nothing_of_what_is_said_not_to_be_of_f():
+    def f(x: Tensor) -> Tensor:
+        return torch.nn.functional.layer_norm(torch.exp(x), (4,)).sum()
+
+    def g(x: Tensor) -> tuple[Tensor, None]:
+        with uncounted():
+            inside.append(survey(lambda x: (f(x), None), (x,)))
+        return f(x), None
+
+    inside: list[Any] = []
+    alone, around = survey(lambda x: (f(x), None), (numbers(4),)), survey(g, (numbers(4),))
+    assert alone.saved == around.saved == inside[0].saved and alone.calls == around.calls == inside[0].calls
 
 
 @pytest.mark.parametrize("k", [1, 2, 8, 32])

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import functional_hess as fh
 from functional_hess import DependenceError, RandomnessError, Space, empirical_risk, explain
-from functional_hess.risk import samples_of
+from functional_hess.risk import Part, samples_of
 
 SIZES: tuple[Any, ...] = (1, 2, 3, 7, None, "auto")
 every_size = pytest.mark.parametrize("batch_size", SIZES)
@@ -402,10 +402,45 @@ def test_memory_is_that_of_a_microbatch(taken):
     assert peak(TAKEN[taken], 32, Batches(64, *many)) < 1.1 * small + data
 
 
+def test_a_loader_without_microbatches_gives_whole_batches():
+    sizes = []
+    risk = empirical_risk(lambda p, x, y: (x * p).sum(), batch_size=None)
+    original = Part.split
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Part, "split", lambda part, size: (sizes.append(len(p)) or p for p in original(part, size)))
+        risk(numbers(4), Batches(3))
+    assert sizes == [3, 3, 1]
+
+
 def test_the_automatic_microbatch_holds_two_mebibytes():
     n = 10_000
     batch = numbers(n, 4), torch.zeros(n, dtype=torch.long)
     assert peak(TAKEN["grad"], "auto", *batch) < 8 * 2**20 < peak(TAKEN["grad"], None, *batch) / 4
+
+
+def test_samples_that_take_little_are_evaluated_once():
+    """As many evaluations as without microbatches, so nothing is computed again; many samples are computed again."""
+
+    def evaluations(samples: int, batch_size: Any) -> int:
+        seen = []
+        risk = empirical_risk(lambda p, x, y: seen.append(0) or wide_loss(p, x, y), batch_size=batch_size)
+        batch = numbers(samples, 4), torch.zeros(samples, dtype=torch.long)
+        risk(WIDE, *batch)
+        seen.clear()
+        fh.grad(risk)(WIDE, *batch)
+        return len(seen)
+
+    assert evaluations(4000, "auto") == evaluations(4000, None) == 1 < evaluations(8000, "auto")
+
+
+@pytest.mark.parametrize("batch_size", ["auto", 2, 7])
+def test_leaves_are_ordered_as_the_loss_uses_them_whatever_the_microbatch(batch_size):
+    """So that rows of the last layers run through no others; the first call plans as any later one."""
+    risk = empirical_risk(lambda p, x: (torch.tanh(x @ p["z"]).sin() @ p["a"]).square().sum(), batch_size=batch_size)
+    p = {"a": numbers(5, 3, seed=1), "z": numbers(4, 5, seed=2)}
+    first, second = (fh.hessian(risk, mode="reverse-over-reverse").planned(p, X) for _ in range(2))
+    assert first.problem.seen.order == second.problem.seen.order == (1, 0)
+    assert first.problem.seen.calls == second.problem.seen.calls and first.chunk == second.chunk
 
 
 def test_the_memory_of_rows_is_predicted_for_a_microbatch():
