@@ -13,6 +13,10 @@ their digest, and rows count as finished only while ``out`` still holds what was
   ``out`` lost are seen by their digest, and computed again. This file is asked to the disk once a second.
 * *Another* ``out``, or one that was changed, holds none of the rows, and they are computed again.
 
+While a call adds to its record it holds a lock on the file, where the system has one (Windows and some network file systems
+have none), and a second call on the same record, of another process or of this one, is refused. The lock ends with the call, or
+with its process, however that ends, and the processes that it has forked; nothing stays behind that would have to be deleted.
+
 Rows that are handed to the caller (:func:`functional_hess.second_order.hessian_rows`) count as finished as soon as the next ones
 are asked for; what became of them is the caller's affair.
 """
@@ -20,6 +24,7 @@ are asked for; what became of them is the caller's affair.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -32,6 +37,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 from functional_hess.transforms import Bound
 from functional_hess.tree import Piece, Space, broadcast_prefix, written
@@ -120,7 +130,7 @@ class Record:
 
     Raises:
         ValueError: the file is no record, or that of another call.
-        OSError: it cannot be read.
+        OSError: it cannot be read, or, in :meth:`open`, another call adds to it, or did since it was read.
     """
 
     def __init__(
@@ -134,7 +144,7 @@ class Record:
         self.path, self.said, self.space, self.product, self.in_place = os.fspath(path), dict(said), space, product, in_place
         self.done = np.zeros(space.dim, dtype=bool)
         self.by_columns: bool | None = None
-        self.descriptor, self.synced = -1, -math.inf
+        self.descriptor, self.synced, self.length = -1, -math.inf, 0
         with self._named_errors():
             text = self._read()
         self.is_new = text == b""
@@ -155,6 +165,7 @@ class Record:
                 text = file.read()
         except FileNotFoundError:
             return b""
+        self.length = len(text)
         torn = b"\n" not in text and (BEGINNING.startswith(text) or text.startswith(BEGINNING)) and _entry(text) is None
         return b"" if torn else text
 
@@ -196,13 +207,17 @@ class Record:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
-        """The file is open for :meth:`add` inside; a new one gets its first line."""
+        """The file is open for :meth:`add` inside, and no other call's; a new one gets its first line."""
         with self._named_errors():
-            self.descriptor = os.open(
-                self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | (os.O_TRUNC if self.is_new else 0), 0o666
-            )
+            self.descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:
+            if not _locked(self.descriptor) or os.fstat(self.descriptor).st_size != self.length:
+                raise BlockingIOError(
+                    f"{self.verb}: resume={self.path!r} is in use by another call, of this process or another. Call again when "
+                    "that has ended (an iterator over rows ends by .close()), or pass another path."
+                )
             if self.is_new:
+                os.ftruncate(self.descriptor, 0)
                 self._write({**self.said, "product": self._product()}, before=b"")
             yield
         finally:
@@ -238,6 +253,17 @@ class Record:
                 f"{self.verb}: resume={self.path!r} cannot be read and written ({error.strerror}). Pass the path of a file "
                 "that is there or can be made."
             ) from error
+
+
+def _locked(descriptor: int) -> bool:
+    """Whether the file is locked for this call now; as good where nothing can be locked."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+    return True
 
 
 _CURE = "Pass another path, or delete the file to begin anew."

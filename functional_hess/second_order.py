@@ -133,7 +133,7 @@ def hessian(
         DependenceError: f(x) does not depend on x by differentiable operations.
         ValueError: ``out`` does not fit; or ``resume`` comes without ``out``, names a file of another kind, or the record of a
             call with other arguments, other options or another f; the message says what differs.
-        OSError: the file that ``resume`` names cannot be read and written.
+        OSError: the file that ``resume`` names cannot be read and written, or another call, of any process, is at it.
 
     At kinks and where an operation has no second derivative the result is what :func:`~functional_hess.products.hvp` tells under
     *Singular points*: right, NaN, or the Hessian of one piece.

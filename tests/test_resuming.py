@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -377,6 +380,89 @@ def test_rows_handed_out_by_a_process_that_was_killed_do_not_come_again(tmp_path
     assert killed(run)
     ((first, _), *_) = fh.hessian_rows(energy, resume=tmp_path / "rows", chunk_size=4)(point())
     assert first == range(5, 9)  # after those of b and c
+
+
+# Two calls on one record -----------------------------------------------------------------------------------------------
+
+SECOND = """
+import sys, time, torch
+import functional_hess as fh
+
+x = torch.linspace(-1, 1, 8, dtype=torch.float64)
+for _ in fh.hessian_rows(lambda x: (x[1:] * x[:-1] ** 2).sum(), resume="rows", chunk_size=2)(x):
+    open("begun", "w").close()
+    time.sleep(float(sys.argv[1]))
+print("finished")
+"""
+needs_locks = pytest.mark.skipif(resuming.fcntl is None, reason="the system does not lock files")
+
+
+def second(folder: Path, seconds_a_chunk: float) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", SECOND, str(seconds_a_chunk)]
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@needs_locks
+def test_a_second_process_on_one_record_is_refused_until_the_first_has_ended_even_by_a_kill(tmp_path):
+    first = second(tmp_path, 60)
+    try:
+        while not (tmp_path / "begun").exists():
+            assert first.poll() is None, first.communicate()[1]
+            time.sleep(0.01)
+        before = (tmp_path / "rows").read_bytes()
+        _, told = second(tmp_path, 0).communicate()
+        assert "BlockingIOError: hessian_rows: resume='rows' is in use by another call, of this process or another" in told
+        assert (tmp_path / "rows").read_bytes() == before
+    finally:
+        first.kill()
+        first.communicate()
+    told, complaint = second(tmp_path, 0).communicate()
+    assert told == "finished\n", complaint
+
+
+@needs_locks
+@pytest.mark.parametrize("meanwhile", ["at it", "ended"])
+def test_a_second_call_of_one_process_is_refused_wherever_the_first_has_got_to(tmp_path, meanwhile, monkeypatch):
+    """Also where the first has ended since the second read what there is to do."""
+    lock = resuming._locked
+
+    def first_comes_between(descriptor: int) -> bool:
+        monkeypatch.setattr(resuming, "_locked", lock)
+        stream = fh.hessian_rows(energy, resume=tmp_path / "rows", chunk_size=3)(point())
+        next(stream)
+        if meanwhile == "ended":
+            list(stream)
+        held.append(stream)
+        return lock(descriptor)
+
+    held: list[Any] = []
+    monkeypatch.setattr(resuming, "_locked", first_comes_between)
+    second = fh.hessian_rows(energy, resume=tmp_path / "rows", chunk_size=3)(point())
+    with pytest.raises(BlockingIOError, match="is in use by another call"):
+        list(second)
+    assert sum(len(rows) for rows, _ in held[0]) == (N - 3 if meanwhile == "at it" else 0)
+    assert list(fh.hessian_rows(energy, resume=tmp_path / "rows", chunk_size=3)(point())) == []
+
+
+@needs_locks
+def test_an_iterator_that_is_closed_or_dropped_leaves_the_record_to_others(tmp_path):
+    for end in (lambda stream: stream.close(), lambda stream: None):
+        stream = fh.hessian_rows(energy, resume=tmp_path / "rows", chunk_size=3)(point())
+        next(stream)
+        assert fh.explain(fh.hessian_rows(energy, resume=tmp_path / "rows"), point()).rows == N  # which only reads
+        end(stream)
+        del stream
+    assert len(list(fh.hessian_rows(energy, resume=tmp_path / "rows", chunk_size=3)(point()))) == CHUNKS
+
+
+def test_where_nothing_can_be_locked_calls_run_as_well(tmp_path, monkeypatch):
+    none = raising(OSError, errno.ENOLCK, "No locks available")
+    for locks in (None, SimpleNamespace(flock=lambda *_: none(), LOCK_EX=2, LOCK_NB=4)):
+        monkeypatch.setattr(resuming, "fcntl", locks)
+        call(energy, tmp_path)(point())
+        assert relative_error(mapped(tmp_path / "out"), TRUTH) < 1e-13
+        (tmp_path / "rows").unlink()
 
 
 # What is refused ------------------------------------------------------------------------------------------------------
