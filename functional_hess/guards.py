@@ -66,10 +66,12 @@ _MISSING = tuple(
     for pattern in (
         r"Trying to use forward AD with",
         r"ZeroTensors are immutable",
-        r"derivative for '?[\w:]+'? is not implemented",
+        r"derivative for '?[\w: ]+'? is not implemented",
         r"derivative of '?[\w:]+'? is not implemented",
         r"does not support (automatic )?double backward|cannot be differentiated twice",
         r"Batching rule not implemented for|does not yet have a batching rule|vmap: we do not yet support aten::",
+        r"vmap over torch\.\w+ isn't supported|vmap: It looks like you're|vmap: inplace arithmetic\(self",
+        r"Batch norm got a batched tensor as input",
         r"NYI: .* inside (of )?vmap|required rank \d tensor to use channels_last",
         r"Trying to set a forward gradient that has a different size|batching rule gave \d+ results",
         r"Could not run 'aten::\w+' with arguments from the 'Sparse",
@@ -82,6 +84,11 @@ _MISSING = tuple(
         r"You are attempting to call Tensor\.\w+\(\) .*functorch",
     )
 )
+_CURES = {
+    _NO_SETUP_CONTEXT: "move what its forward keeps for the backward into a setup_context staticmethod",
+    "vmap: It looks like you're": "use torch.where in the place of a branch on a mapped number",
+    "Batch norm got a batched tensor": "make the module with track_running_stats=False",
+}
 _PACKAGE = str(Path(__file__).parent)
 _SOURCES = (str(Path(torch.__file__).parent), _PACKAGE, contextlib.__file__)
 
@@ -101,18 +108,21 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
-def no_mode_left(verb: str, tried: Sequence[tuple[str, BaseException]], *, times: str = "twice") -> MissingDerivativeError:
+def no_mode_left(
+    verb: str, tried: Sequence[tuple[str, BaseException]], *, task: str = "differentiate f twice"
+) -> MissingDerivativeError:
     """The error that tells what each mode lacked, and where in the user's program."""
     told = "; ".join(f"{mode}: {_first_sentence(error)}" for mode, error in tried)
     where = next((place for place in map(_place, (error for _, error in tried)) if place), None)
     called = f", called at {where}" if where else ""
     cures = ["Write that op as a composition of differentiable ones"]
-    if any(_NO_SETUP_CONTEXT in str(error) for _, error in tried):
-        cures.append("move what its forward keeps for the backward into a setup_context staticmethod")
-    if times == "twice":
+    cures += [cure for sign, cure in _CURES.items() if any(sign in str(error) for _, error in tried)]
+    if task == "differentiate f twice":
         cures.append("pass mode='finite-difference'")
+    elif task == "map f":
+        cures.append("loop over the mapped dimension and torch.stack the results")
     cure = cures[0] + "".join(f", or {other}" for other in cures[1:])
-    return MissingDerivativeError(f"{verb}: cannot differentiate f {times} ({told}){called}. {cure}.")
+    return MissingDerivativeError(f"{verb}: cannot {task} ({told}){called}. {cure}.")
 
 
 def _first_sentence(error: BaseException) -> str:
@@ -280,7 +290,7 @@ def randomness_message(verb: str) -> str:
 
 @contextlib.contextmanager
 def named_errors(verb: str, mode: str) -> Iterator[None]:
-    """A missing rule for a first derivative, and a random op in a vmap that refuses it, are errors that name verb and cure.
+    """What lacks a rule for a first derivative or a batch, and a random op in a vmap, are errors that name verb and cure.
 
     Inside other transforms torch's own words pass, for the outermost call to know them by.
     """
@@ -292,7 +302,7 @@ def named_errors(verb: str, mode: str) -> Iterator[None]:
         if "vmap: called random operation" in str(error):
             raise RandomnessError(randomness_message(verb)) from error
         if missing_rule(error):
-            raise no_mode_left(verb, [(mode, error)], times="once") from error
+            raise no_mode_left(verb, [(mode, error)], task="map f" if mode == "batched" else "differentiate f once") from error
         raise
 
 

@@ -27,10 +27,18 @@ def _max_unpool(input: Tensor, indices: Tensor, output_size: Sequence[int], *str
     dims, size = len(output_size), torch.Size(output_size).numel()
     if indices.dtype is not torch.long or indices.shape != input.shape or input.dim() not in (dims + 1, dims + 2):
         return NotImplemented
-    if not input.numel() or not size or indices.min() < 0 or indices.max() >= size:
+    if not input.numel() or not size or not _holds_or_is_mapped(lambda: bool((indices >= 0).all() & (indices < size).all())):
         return NotImplemented
     x, place = input.flatten(-dims), indices.flatten(-dims)
     return _placed(x.new_zeros((*x.shape[:-1], size)), place, x).unflatten(-1, tuple(output_size))
+
+
+def _holds_or_is_mapped(condition: Callable[[], bool]) -> bool:
+    """Whether the condition holds, or has no one answer because `vmap` maps what it asks about."""
+    try:
+        return condition()
+    except RuntimeError:
+        return True
 
 
 def _masked_scatter(input: Tensor, mask: Tensor, source: Tensor) -> Any:
@@ -39,10 +47,7 @@ def _masked_scatter(input: Tensor, mask: Tensor, source: Tensor) -> Any:
         return NotImplemented
     input, mask = torch.broadcast_tensors(input, mask)
     order = mask.reshape(-1).cumsum(0) - 1
-    try:
-        if mask.sum() > source.numel():
-            return NotImplemented
-    except RuntimeError:  # vmap maps the mask: how many there are is not one number
+    if _holds_or_is_mapped(lambda: bool(mask.sum() > source.numel())):
         return NotImplemented
     return torch.where(mask, source.reshape(-1)[order.clamp(min=0)].reshape(mask.shape), input)
 

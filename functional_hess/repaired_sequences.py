@@ -1,4 +1,4 @@
-"""Attention, recurrent layers, convolutions in time and alignments as compositions of differentiable operators.
+"""Attention, recurrent layers, convolutions in time, transforms and alignments as compositions of differentiable operators.
 
 The fused kernels have no second derivative (attention: pytorch#116350; CTC), or go to a library (oneDNN for a float32 LSTM on the
 CPU, cuDNN) without a forward-mode rule and, for cuDNN, without a double backward (pytorch#5261). The compositions need the
@@ -299,6 +299,16 @@ def _conv_tbc(self: Tensor, weight: Tensor, bias: Tensor, pad: int = 0) -> Tenso
     return F.conv1d(self.permute(1, 2, 0), weight.permute(2, 1, 0), bias, padding=pad).permute(2, 0, 1)
 
 
+def _hfft(input: Tensor, n: int | None = None, dim: int = -1, norm: str | None = None) -> Any:
+    """The real transform of half of a Hermitian signal, irfft of the conjugate: its backward has no batching rule."""
+    scaled = {None: "forward", "backward": "forward", "forward": "backward", "ortho": "ortho"}
+    if not input.is_complex() or norm not in scaled:
+        return NotImplemented
+    parts = torch.view_as_real(input.resolve_conj())
+    conjugate = torch.view_as_complex(torch.stack([parts[..., 0], -parts[..., 1]], -1))
+    return torch.fft.irfft(conjugate, n, dim, scaled[norm])
+
+
 SEQUENCES: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
         "scaled_dot_product_attention": _attention,
@@ -309,6 +319,7 @@ SEQUENCES: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "rnn_tanh": _layers(_elman_step(torch.tanh)),
         "rnn_relu": _layers(_elman_step(torch.relu)),
         "conv_tbc": _conv_tbc,
+        "fft_hfft": _hfft,
         "ctc_loss": _ctc_loss,
         "_pack_padded_sequence": _pack_padded_sequence,
         "_pad_packed_sequence": _pad_packed_sequence,

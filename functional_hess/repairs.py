@@ -68,7 +68,7 @@ REPAIRS: Mapping[Callable[..., Any], Callable[..., Any]] = MappingProxyType(_rep
 # How an operator gets into the table.
 
 _C: Any = torch._C  # its stubs leave out where the functions live
-_HOMES = (torch, _C._nn, _C._VariableFunctions, _C._linalg, torch.linalg, torch.Tensor)
+_HOMES = (torch, _C._nn, _C._VariableFunctions, _C._linalg, _C._fft, torch.linalg, torch.Tensor)
 
 
 def _entry_points(name: str) -> Iterator[Callable[..., Any]]:
@@ -160,7 +160,10 @@ _FIRST_ORDER = (
     "cholesky_inverse",
     "cholesky_solve",
 )
-_MAPPED = ("det", "linalg_det", "slogdet", "linalg_slogdet", "logdet", "lstm", "lstm_cell", "gru", "rnn_tanh", "rnn_relu")
+_MAPPED = (
+    *("det", "linalg_det", "slogdet", "linalg_slogdet", "logdet"),
+    *("lstm", "lstm_cell", "gru", "rnn_tanh", "rnn_relu", "fft_hfft"),
+)
 _FRONTS: tuple[Any, ...] = (  # torch's own code around the kernels above
     *(F.mse_loss, F.huber_loss, F.soft_margin_loss, F.multi_margin_loss, F.multilabel_margin_loss, F.hardsigmoid, F.glu, F.rrelu),
     *(F.max_unpool1d, F.max_unpool2d, F.max_unpool3d, F.embedding, F.ctc_loss),

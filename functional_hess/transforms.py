@@ -438,6 +438,7 @@ def vmap(
         at a time, and their memory.
 
     Raises:
+        MissingDerivativeError: an op of f cannot run on batches, or lacks a derivative that f takes.
         ValueError: ``in_dims`` or ``out_dims`` do not fit the arguments or the results, or mapped sizes differ; by path.
 
     Example:
@@ -461,7 +462,8 @@ def vmap(
             _require_unmapped(whole.values())
             return tuple(t for i, t in enumerate(results) if i not in whole)
 
-        mapped = flat_vmap(of_tensors, in_dims=dims, randomness=randomness, chunk_size=chunk_size)(*tensors)
+        with named_errors("vmap", "batched"):
+            mapped = flat_vmap(of_tensors, in_dims=dims, randomness=randomness, chunk_size=chunk_size)(*tensors)
         rebuild_out, spots, whole = seen[-1]
         fresh = iter(plain(t.movedim(0, d) for t, d in zip(mapped, (d for d in spots if d is not None), strict=True)))
         return rebuild_out([whole[i] if i in whole else next(fresh) for i in range(len(spots))])

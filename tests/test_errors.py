@@ -306,6 +306,26 @@ def resumed(first: Callable[[Any], Any] | bytes | None, *args: Any, **options: A
     return call
 
 
+def of_samples(loss: Callable[[Tensor], Tensor]) -> Callable[[Patch], Any]:
+    return lambda _: fh.vmap(fh.grad(loss))(torch.eye(2) + 1)
+
+
+def gaussian(x: Tensor) -> Tensor:
+    return nn.functional.gaussian_nll_loss(x, B, x**2)
+
+
+def in_use(_: Patch) -> None:
+    """A call on the record that an iterator over rows is at."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = fh.hessian_rows(cube, resume=Path(folder, "rows"), chunk_size=1)
+        first = rows(W)
+        next(first)
+        try:
+            next(rows(W))
+        finally:
+            first.close()
+
+
 def without(name: str, call: Callable[[], Any]) -> Callable[[Patch], Any]:
     """The call where a package is missing."""
 
@@ -914,6 +934,31 @@ ROWS: dict[str, list[Row]] = {
             "staticmethod.",
             lambda _: fh.vjp(lambda x: Unentered.apply(x), W),
         ),
+        Row(
+            "aten::none",
+            fh.MissingDerivativeError,
+            "vmap: cannot map f (batched: derivative for aten::none is not implemented), called at test_errors.py:.... Write "
+            "that op as a composition of differentiable ones, or loop over the mapped dimension and torch.stack the results.",
+            of_samples(lambda x: NoRule.apply(NoRule.apply(x)).sum()),
+        ),
+        Row(
+            "a branch on a mapped number",
+            fh.MissingDerivativeError,
+            "vmap: cannot map f (batched: vmap: It looks like you're either (1) calling .item() on a Tensor or (2) attempting to "
+            "use a Tensor in some data-dependent control flow or (3) encountering this error in PyTorch internals), called at "
+            "test_errors.py:.... Write that op as a composition of differentiable ones, or use torch.where in the place of a "
+            "branch on a mapped number, or loop over the mapped dimension and torch.stack the results.",
+            of_samples(gaussian),
+        ),
+        Row(
+            "track_running_stats",
+            fh.MissingDerivativeError,
+            "vmap: cannot map f (batched: Batch norm got a batched tensor as input while the running_mean or running_var, which "
+            "will be updated in place, were not batched). Write that op as a composition of "
+            "differentiable ones, or make the module with track_running_stats=False, or loop over the mapped dimension and "
+            "torch.stack the results.",
+            lambda _: fh.vmap(nn.BatchNorm1d(2))(torch.ones(2, 3, 2)),
+        ),
     ],
     "Hessians": [
         Row(
@@ -1002,6 +1047,13 @@ ROWS: dict[str, list[Row]] = {
             "hessian: resume='...rows' cannot be read and written (Is a directory). Pass the path of a file that is there or "
             "can be made.",
             resumed(None),
+        ),
+        Row(
+            "resume",
+            BlockingIOError,
+            "hessian_rows: resume='...rows' is in use by another call, of this process or another. Call again when that has "
+            "ended (an iterator over rows ends by .close()), or pass another path.",
+            in_use,
         ),
         Row(
             "chunk_size",

@@ -271,6 +271,7 @@ CASES = [
         ((4, 2, 2), (2, 2, 2), (2,)),
         FORWARD_RAISES,
     ),
+    Case("hfft", lambda x, y: torch.fft.hfft(torch.complex(x, y), norm="ortho"), ((2, 3), (2, 3)), {"vmapped rows": "raises"}),
     Case(
         "ctc_loss",
         lambda x: F.ctc_loss(x.log_softmax(2), torch.tensor([[1, 1], [2, 0]]), [4, 3], [2, 1], reduction="none"),
@@ -1343,6 +1344,27 @@ def test_places_and_segments_have_torchs_arguments_and_errors() -> None:
             {},
         ):
             assert_same_call(torch.segment_reduce, X, how, **options)
+
+
+def test_a_hermitian_transform_has_torchs_arguments_and_errors() -> None:
+    for z in (torch.complex(X, Y), torch.complex(X, Y).conj(), X, torch.complex(X, Y)[:0], torch.complex(X, Y)[0, 0]):
+        for n, dim in itertools.product((None, 1, 3, 9, 0), (-1, 0, 2)):
+            assert_same_call(torch.fft.hfft, z, n, dim)
+        for norm in ("forward", "backward", "ortho", "none"):
+            assert_same_call(torch.fft.hfft, input=z, norm=norm)
+
+
+def test_maxima_that_are_put_back_are_mapped_with_their_places() -> None:
+    def f(x: Tensor) -> Tensor:
+        return F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2).sin().sum()
+
+    x, v = tensors((3, 1, 1, 4, 4), (3, 1, 1, 4, 4))
+    assert_same_call(vmap(lambda x: F.max_pool2d(x, 2)), x)
+    together = vmap(lambda x, v: jvp(grad(repaired(f)), (x,), (v,))[1])(x, v)
+    alone = torch.stack([jvp(grad(f), (y,), (u,))[1] for y, u in zip(x, v, strict=True)])
+    torch.testing.assert_close(together, alone)
+    with pytest.raises(RuntimeError, match=r"index|bounds|range"):
+        vmap(lambda x, i: repaired(F.max_unpool2d)(x, i, 2))(x[..., :2, :2], torch.full((3, 1, 1, 2, 2), 16))
 
 
 def test_losses_of_scalars_and_leaky_units_have_torchs_arguments_and_errors() -> None:
