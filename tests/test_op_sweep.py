@@ -6,6 +6,7 @@ refused or undecidable. The whole sweep is one slow test, the same that `python 
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import re
@@ -17,14 +18,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from sweep import cases, opinfo, worker
+from sweep import cases, opinfo, third, worker
 from sweep.judge import NoGradient, Truth, compare, truth_of
 from sweep.problems import READOUTS, Case, problem_of
-from sweep.run import COUNTS, Died, Outcome, counts, sweep, table, worse
+from sweep.run import COUNTS, THIRD, THIRD_COUNTS, Died, Outcome, counts, sweep, table, worse
 from torch import Tensor
 
 QUICK = "^(mse_loss.mean.|layer_norm|attention|cholesky_inverse of a full matrix|multi_margin_loss p=2.mean.|sort)$"
-KEPT = json.loads(COUNTS.read_text())
+KEPT, KEPT_OF_THIRD = json.loads(COUNTS.read_text()), json.loads(THIRD_COUNTS.read_text())
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -51,11 +52,34 @@ def test_the_whole_sweep_has_nothing_wrong_and_is_no_worse_than_it_was():
     assert worse(counts(outcomes), KEPT) == []
 
 
+@pytest.mark.slow
+def test_third_derivatives_and_mapped_points_have_nothing_wrong_and_are_no_worse_than_they_were():
+    outcomes = sweep(**THIRD)
+    assert [o for o in outcomes if o.verdict in ("wrong", "crash", "inconclusive")] == []
+    assert worse(counts(outcomes), KEPT_OF_THIRD) == []
+
+
+def test_third_derivatives_of_a_few_operations_are_right():
+    lines: list[dict[str, Any]] = []
+    for name in filter(re.compile(QUICK).search, cases.names()):
+        worker.run(f"third:{name}", set(), lines.append, {"third": cases}, third.judge_case)
+    verdicts = [line["verdict"] for line in lines if "end" in line]
+    assert verdicts == ["truth", *["right"] * len(third.CALLS)] * 6
+
+
 def test_the_readme_has_the_counts_that_are_kept():
     assert table(KEPT) in README.read_text()
     assert worse(KEPT, KEPT) == []
     truths = sum(KEPT[source]["-"]["truth"].get(kind, 0) for source in worker.SOURCES for kind in ("truth", "by values"))
     assert f"{truths:,} problems" in README.read_text()
+    of_third = counts_of_calls(KEPT_OF_THIRD)
+    right, refused = of_third["right"], of_third["refused"]
+    assert f"{right:,} of {right + refused:,} answers are right, {refused} refused and none wrong" in README.read_text()
+    assert sum(of_third.values()) == right + refused
+
+
+def counts_of_calls(tree: dict[str, Any]) -> collections.Counter[str]:
+    return sum((collections.Counter(row) for row in tree["third"]["float64"].values()), collections.Counter())
 
 
 def test_the_table_of_the_project_is_large_enough():
@@ -214,6 +238,47 @@ def test_a_wrong_gradient_does_not_make_the_truth_wrong():
 def test_what_has_no_gradient_makes_no_case(op):
     with pytest.raises((NoGradient, AttributeError)):
         truth(case(op, [0.5, 0.75]))
+
+
+def third_verdicts(f: Any) -> set[str]:
+    problem = problem_of(case(f, [0.5, 0.75]), "plain", torch.float64)
+    truths = third.truth_of(problem)
+    return {third.judged(call, problem, truths[call])[0] for call in third.CALLS if call != "vmap(hvp) over points"}
+
+
+class SecondRight(torch.autograd.Function):
+    """x^3, of which all but the third derivative is right."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, order: int) -> Tensor:
+        return (x**3, 3 * x**2, 6 * x)[order]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.save_for_forward(inputs[0])
+        ctx.order = inputs[1]
+
+    @staticmethod
+    def slope(ctx: Any) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return SecondRight.apply(x, ctx.order + 1) if ctx.order < 2 else torch.full_like(x, 6.001)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return SecondRight.slope(ctx) * g, None
+
+    @staticmethod
+    def jvp(ctx: Any, v: Tensor, _: Any) -> Tensor:
+        return SecondRight.slope(ctx) * v
+
+
+def test_a_wrong_third_derivative_is_seen_where_the_second_is_right_and_so_is_a_kink():
+    assert third_verdicts(lambda x: (x**3).sum()) == {"right"}
+    assert third_verdicts(lambda x: SecondRight.apply(x, 0).sum()) == {"wrong"}
+    assert third_verdicts(lambda x: (torch.relu(x - 0.5) ** 2).sum()) == {"inconclusive"}
 
 
 def test_a_linear_function_has_a_known_hessian_of_zeros():

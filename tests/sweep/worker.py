@@ -13,7 +13,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,16 +25,16 @@ from sweep import opinfo
 from sweep.judge import Truth, compare, truth_of
 from sweep.problems import READOUTS, Case, Problem, problem_of
 
-__all__ = ["CALLS", "DTYPES", "OURS", "PEERS", "SOURCES", "judged", "run", "serve"]
+__all__ = ["CALLS", "DTYPES", "OURS", "PEERS", "SOURCES", "attempted", "joined", "judged", "option", "run", "serve", "split"]
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 
-def _split(flat: Tensor, problem: Problem) -> tuple[Tensor, ...]:
+def split(flat: Tensor, problem: Problem) -> tuple[Tensor, ...]:
     return tuple(p.reshape(t.shape) for p, t in zip(flat.split([t.numel() for t in problem.x]), problem.x, strict=True))
 
 
-def _joined(parts: Any) -> Tensor:
+def joined(parts: Any) -> Tensor:
     return torch.cat([p.reshape(-1) for p in parts])
 
 
@@ -50,7 +50,7 @@ def _matrix(problem: Problem, blocks: Any) -> Tensor:
     )
 
 
-def _option(problem: Problem) -> dict[str, Any]:
+def option(problem: Problem) -> dict[str, Any]:
     return {} if problem.seed is None else {"randomness": "same"}
 
 
@@ -59,34 +59,34 @@ def _tupled(problem: Problem) -> Callable[[tuple[Tensor, ...]], Tensor]:
 
 
 def _hvp(p: Problem) -> Tensor:
-    return _joined(fh.hvp(_tupled(p), p.x, _split(_direction(p), p), **_option(p)))
+    return joined(fh.hvp(_tupled(p), p.x, split(_direction(p), p), **option(p)))
 
 
 def _hvp_under_vmap(p: Problem) -> Tensor:
     eye = torch.eye(sum(t.numel() for t in p.x), dtype=p.x[0].dtype)
-    return fh.vmap(lambda v: _joined(fh.hvp(_tupled(p), p.x, _split(v, p), **_option(p))), **_option(p))(eye).T
+    return fh.vmap(lambda v: joined(fh.hvp(_tupled(p), p.x, split(v, p), **option(p))), **option(p))(eye).T
 
 
 def _rows(p: Problem) -> Tensor:
-    return torch.cat([rows for _, rows in fh.hessian_rows(_tupled(p), **_option(p))(p.x)])
+    return torch.cat([rows for _, rows in fh.hessian_rows(_tupled(p), **option(p))(p.x)])
 
 
 def _hessian(p: Problem) -> Tensor:
-    return _matrix(p, fh.hessian(_tupled(p), **_option(p))(p.x))
+    return _matrix(p, fh.hessian(_tupled(p), **option(p))(p.x))
 
 
 def _diagonal(p: Problem) -> Tensor:
-    return _joined(fh.hessian_diagonal(_tupled(p), **_option(p))(p.x))
+    return joined(fh.hessian_diagonal(_tupled(p), **option(p))(p.x))
 
 
 def _plain_forward(p: Problem) -> Tensor:
     gradient = torch.func.grad(p.f, tuple(range(len(p.x))))
-    return _joined(torch.func.jvp(gradient, p.x, _split(_direction(p), p))[1])
+    return joined(torch.func.jvp(gradient, p.x, split(_direction(p), p))[1])
 
 
 def _plain_reverse(p: Problem) -> Tensor:
     gradient = torch.func.grad(p.f, tuple(range(len(p.x))))
-    return _joined(torch.func.vjp(gradient, *p.x)[1](_split(_direction(p), p)))
+    return joined(torch.func.vjp(gradient, *p.x)[1](split(_direction(p), p)))
 
 
 def _plain_hessian(p: Problem) -> Tensor:
@@ -114,15 +114,22 @@ def judged(call: str, problem: Problem, truth: Truth) -> tuple[str, str]:
     dtype = problem.x[0].dtype
     if problem.seed is not None:
         torch.manual_seed(problem.seed)
-    try:
-        answer = CALLS[call](problem)
-    except Exception as error:
-        text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:600]
-        refused = call in PEERS or _is_refusal(error)
-        return "refused" if refused else "crash", text if refused else text + " @ " + _last_frames(error)
+    answer = attempted(lambda: CALLS[call](problem), refusals_of_torch=call in PEERS)
+    if not isinstance(answer, Tensor):
+        return answer
     if call == "hessian_diagonal":
         return compare(answer, truth.diagonal, dtype)
     return compare(answer, truth, dtype, _direction(problem).double() if call in PRODUCTS else None)
+
+
+def attempted(call: Callable[[], Tensor], *, refusals_of_torch: bool) -> Tensor | tuple[str, str]:
+    """The answer, or the verdict and what there is to say where an error is raised."""
+    try:
+        return call()
+    except Exception as error:
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:600]
+        refused = refusals_of_torch or _is_refusal(error)
+        return "refused" if refused else "crash", text if refused else text + " @ " + _last_frames(error)
 
 
 def _is_refusal(error: BaseException) -> bool:
@@ -139,12 +146,18 @@ def _last_frames(error: BaseException) -> str:
 SOURCES: dict[str, Any] = {"own": own, "opinfo": opinfo}
 
 
-def run(group: str, skip: set[str], say: Callable[[dict[str, Any]], None]) -> None:
+def run(
+    group: str,
+    skip: set[str],
+    say: Callable[[dict[str, Any]], None],
+    sources: Mapping[str, Any] = SOURCES,
+    judge: Callable[..., None] | None = None,
+) -> None:
     """Judge every case of a group but what ``skip`` names."""
     source, name = group.split(":", 1)
-    for number, case in enumerate(SOURCES[source].cases(name)):
+    for number, case in enumerate(sources[source].cases(name)):
         for readout in READOUTS if number == 0 else READOUTS[:1]:
-            _judge_case(case, readout, f"{source}:{case.name}|{readout}", skip, say)
+            (judge or _judge_case)(case, readout, f"{source}:{case.name}|{readout}", skip, say)
     say({"done": group})
 
 
@@ -170,7 +183,7 @@ def _judge_case(case: Case, readout: str, prefix: str, skip: set[str], say: Call
         say({"end": key, "verdict": verdict, "detail": detail})
 
 
-def serve() -> None:
+def serve(sources: Mapping[str, Any] = SOURCES, judge: Callable[..., None] | None = None) -> None:
     """Answer lines until there are none."""
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever torch prints is not an answer
@@ -185,9 +198,9 @@ def serve() -> None:
     for line in sys.stdin:
         asked = json.loads(line)
         if "list" in asked:
-            say({"names": [f"{asked['list']}:{name}" for name in SOURCES[asked["list"]].names()]})
+            say({"names": [f"{asked['list']}:{name}" for name in sources[asked["list"]].names()]})
         else:
-            run(asked["group"], set(asked["skip"]), say)
+            run(asked["group"], set(asked["skip"]), say, sources, judge)
 
 
 if __name__ == "__main__":
