@@ -5,8 +5,8 @@ With eps_s added to z_s = W_s h_s, a pair of sites s <= t of N samples gives
     H[(s,i,j),(t,k,p)] = sum_n  h_s[j] A_st[i,k] h_t[p]  +  sum_n  h_s[j] g_t[k] D_ts[p,i],
 
 summed over the positions of a site too, where A_st = d2L/deps_s deps_t, g_t = dL/deps_t and D_ts = dh_t/deps_s. The products are
-ordered by what is small: Khatri-Rao where a sample has one position, and of s = t only the half that symmetry leaves, twice: A
-is symmetric in (i, k), and h[j] h[p] in (j, p).
+ordered by what is small: Khatri-Rao where a sample has one position, and of s = t little more than the half that symmetry leaves:
+of (i, k) the upper triangle, of (j, p) the panels on and above the diagonal.
 
 No derivative is taken here, and nothing is known of how A and D were found.
 """
@@ -16,18 +16,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from functional_hess.chunking import WORKING_SET
+from functional_hess.chunking import MIB, WORKING_SET
 from functional_hess.sites import Entry, Site
 
 __all__ = ["Pair", "blocks_of", "diagonal_of", "product_of", "put_block"]
 
-PANELS = 4  # rows of a symmetric matrix at a time: more save little, and their products are slower
 ENOUGH = 128  # samples from which on half of the products are worth putting the other half in its places
+PANELS = 4  # at least, of a symmetric block that is not small: more of them save little
+PANEL = 4 * MIB  # bytes, so that it is read again while it is in the cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +71,7 @@ class Pair:
 
 
 def _units(site: Site, units: slice) -> Site:
-    entries = tuple(Entry(e.leaf, e.index[units], e.is_bias) for e in site.entries)
-    return Site(site.key, site.units[:, units], entries)
+    return Site(site.key, site.units[:, units], tuple(entry.part(units=units) for entry in site.entries))
 
 
 # ---------------------------------------------------------------------------------------------------- blocks
@@ -82,6 +82,9 @@ def blocks_of(pair: Pair) -> Iterator[tuple[Entry, Entry, Tensor, bool]]:
 
     The last says whether it comes on top of values of the same pair. Values lie in memory in the order that suits the entries.
     """
+    if pair.whole and pair.s.positions == 1:
+        yield from _in_panels(pair)
+        return
     for some, mirrored in _in_parts(pair):
         for number, values in enumerate(_terms(some)):
             for (sa, a), (sb, b) in itertools.product(some.s.slices(), some.t.slices()):
@@ -128,11 +131,6 @@ def _by_rows(pair: Pair) -> bool:
     return pair.hs.shape[1] == pair.ht.shape[1] == 1 and 4 * pair.s.out * pair.t.out >= pair.ht.shape[2]
 
 
-def _is_symmetric(pair: Pair) -> bool:
-    """Whether both halves are equal and there are enough samples to make one of them alone."""
-    return pair.whole and pair.hs.shape[1] == 1 and pair.hs.shape[0] >= ENOUGH
-
-
 def _units_innermost(site: Site) -> bool:
     """Whether units are neighbors in memory rather than features: as in W^T, where W h is written h @ W^T."""
     entry = next((e for e in site.entries if not e.is_bias), site.entries[0])
@@ -143,12 +141,6 @@ def _curvature(pair: Pair) -> Tensor:
     """sum over n, a, b of hs[n,a,j] A[a,i,n,b,k] ht[n,b,p] -> (i, j, k, p)"""
     hs, A, ht = pair.hs, pair.A, pair.ht
     (N, S, J), (_, T, P), o, q = hs.shape, ht.shape, A.shape[1], A.shape[4]
-    if _is_symmetric(pair):
-        return (
-            _symmetric(hs[:, 0].T.contiguous(), A.reshape(o, N, o))
-            if _by_rows(pair)
-            else _in_panels(hs[:, 0], A.reshape(o, N, o))
-        )
     if _by_rows(pair):  # Khatri-Rao
         pairs = (hs[:, 0].T.contiguous()[:, None] * ht[:, 0].T.contiguous()).reshape(J * P, N)
         units = A.reshape(o, N, q).transpose(0, 1).reshape(N, o * q)
@@ -160,37 +152,6 @@ def _curvature(pair: Pair) -> Tensor:
         return (weighted.mT @ ht.reshape(N, P)).view(o, q, J, P).permute(0, 2, 1, 3)
     half = hs.mT @ A.permute(2, 0, 1, 3, 4).reshape(N, S, o * T * q)  # (n, j, (i b k))
     return (half.view(N, J, o, T, q).permute(2, 1, 4, 0, 3).reshape(o * J * q, N * T) @ ht.reshape(N * T, P)).view(o, J, q, P)
-
-
-def _symmetric(h: Tensor, A: Tensor) -> Tensor:
-    """sum over n of h[j,n] A[i,n,k] h[p,n] -> (i, j, k, p), one of each two equal products alone."""
-    J, o = len(h), len(A)
-    (i, k), (j, p) = (torch.triu_indices(m, m, device=h.device) for m in (o, J))
-    pairs = h.index_select(0, j).mul_(h.index_select(0, p))
-    half = pairs @ A.transpose(1, 2)[i, k].T
-    full = half.index_select(1, _places(i, k, o)).index_select(0, _places(j, p, J))
-    return full.view(J, J, o, o).permute(2, 0, 3, 1)
-
-
-def _in_panels(h: Tensor, A: Tensor) -> Tensor:
-    """The same of h (n, j) where units are few: broad panels of the upper half of (j, p)."""
-    (_, J), o = h.shape, len(A)
-    values = h.new_empty(o, o, J, J)
-    for i, k in itertools.combinations_with_replacement(range(o), 2):
-        weighted, there = (A[i, :, k, None] * h).T, values[i, k]
-        for first, last in itertools.pairwise([*range(0, J, -(-J // PANELS)), J]):
-            there[first:last, first:] = weighted[first:last] @ h[:, first:]
-            there[last:, first:last] = there[first:last, last:].T
-        if k > i:
-            values[k, i] = there
-    return values.transpose(1, 2)
-
-
-def _places(i: Tensor, k: Tensor, m: int) -> Tensor:
-    """Where each of the m x m entries of a symmetric matrix is among those of its upper triangle (i, k)."""
-    places = i.new_zeros(m, m)
-    places[i, k] = places[k, i] = torch.arange(len(i), device=i.device)
-    return places.flatten()
 
 
 def _slope(pair: Pair) -> Tensor:
@@ -207,6 +168,88 @@ def _slope(pair: Pair) -> Tensor:
     half = g.mT @ D.permute(2, 3, 0, 1, 4).reshape(N, T, S * o * P)  # (n, k, (a i p))
     turned = half.view(N, q, S, o, P).permute(0, 2, 3, 1, 4).reshape(N * S, o * q * P)
     return (hs.reshape(N * S, J).T @ turned).view(J, o, q, P).transpose(0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------- a site with itself
+
+
+def _in_panels(pair: Pair) -> Iterator[tuple[Entry, Entry, Tensor, bool]]:
+    """The blocks of a site of one position with itself, symmetric in (i, k) and in (j, p)."""
+    for first, last, values in _panels(pair):
+        rows, columns = _entries(pair.s, first, last, first), _entries(pair.s, first, pair.s.width, first)
+        for (sa, a), (sb, b) in itertools.product(rows, columns):
+            yield a, b, values[:, sa, :, sb], False
+        for (sa, a), (sb, b) in itertools.product(rows, _entries(pair.s, last, pair.s.width, first)):
+            yield b, a, values[:, sa, :, sb].permute(0, 3, 2, 1), False
+
+
+def _entries(site: Site, first: int, last: int, start: int) -> list[tuple[slice, Entry]]:
+    """The entries of some features, each with their places counted from ``start``."""
+    found = []
+    for part, entry in site.slices():
+        a, b = max(part.start, first), min(part.stop, last)
+        if a < b:
+            found.append((slice(a - start, b - start), entry.part(features=slice(a - part.start, b - part.start))))
+    return found
+
+
+def _panels(pair: Pair) -> Iterator[tuple[int, int, Tensor]]:
+    """sum over n of h[n,j] A[i,n,k] h[n,p] -> (i, j, k, p) for j from a first feature to a last one, and p from the first on."""
+    J, o = pair.s.width, pair.s.out
+    row = J * o * o * pair.hs.element_size()
+    step = J if J * row <= MIB else max(1, min(-(-J // PANELS), int(PANEL / row)))
+    panel = _rows_panel(pair, step) if _by_rows(pair) else _units_panel(pair)
+    for first in range(0, J, step):
+        last = min(first + step, J)
+        yield first, last, panel(first, last)
+
+
+def _rows_panel(pair: Pair, step: int) -> Callable[[int, int], Tensor]:
+    """By products of features, a row for each sample; of the units the upper triangle, where samples are so many that it pays."""
+    (N, _, J), o = pair.hs.shape, pair.s.out
+    (i, k), half = torch.triu_indices(o, o, device=pair.hs.device), N >= ENOUGH
+    units = pair.A.reshape(o, N, o).transpose(1, 2)
+    units = units[i, k] if half else units.reshape(o * o, N)
+    count = max(1, int(PANEL / (step * J * pair.hs.element_size())))
+    operands = list(zip(pair.hs[:, 0].T.split(count, 1), units.split(count, 1), strict=True))
+    operands = [(h.contiguous(), few) for h, few in operands]
+    spread = _places(i, k, o)
+    turned = _units_innermost(pair.s)
+
+    def panel(first: int, last: int) -> Tensor:
+        products = (((h[first:last, None] * h[first:]).flatten(0, 1), few) for h, few in operands)
+        total = functools.reduce(Tensor.add_, (rows @ few.T if turned else few @ rows.T for rows, few in products))
+        total = total.index_select(int(turned), spread) if half else total
+        shape = (last - first, J - first)
+        return total.view(*shape, o, o).permute(2, 0, 3, 1) if turned else total.view(o, o, *shape).transpose(1, 2)
+
+    return panel
+
+
+def _units_panel(pair: Pair) -> Callable[[int, int], Tensor]:
+    """By features scaled for each pair of units, where those are few."""
+    (N, _, J), o = pair.hs.shape, pair.s.out
+    h, A = pair.hs[:, 0], pair.A.reshape(o, N, o)
+
+    def panel(first: int, last: int) -> Tensor:
+        values = h.new_empty(o, o, last - first, J - first)
+        for i, k in itertools.combinations_with_replacement(range(o), 2):
+            values[i, k] = (A[i, :, k, None] * h[:, first:last]).T @ h[:, first:]
+            if k > i:
+                values[k, i] = values[i, k]
+        return values.transpose(1, 2)
+
+    return panel
+
+
+def _places(i: Tensor, k: Tensor, m: int) -> Tensor:
+    """Where each of the m x m entries of a symmetric matrix is among those of its upper triangle (i, k)."""
+    places = i.new_zeros(m, m)
+    places[i, k] = places[k, i] = torch.arange(len(i), device=i.device)
+    return places.flatten()
+
+
+# ---------------------------------------------------------------------------------------------------- products and places
 
 
 def product_of(pair: Pair, Vs: Tensor, Vt: Tensor) -> tuple[Tensor, Tensor]:

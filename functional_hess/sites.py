@@ -76,6 +76,14 @@ class Entry:
         count = functools.partial(torch.arange, device=self.index.device)
         return (start, down, right) if apart and self.index.equal(start + count(m)[:, None] * down + count(n) * right) else None
 
+    def part(self, units: slice = slice(None), features: slice = slice(None)) -> Entry:
+        """Some units and features alone."""
+        part = Entry(self.leaf, self.index[units, features], self.is_bias)
+        if self.lattice:
+            start, down, right = self.lattice
+            part.__dict__["lattice"] = start + down * (units.start or 0) + right * (features.start or 0), down, right
+        return part
+
 
 @dataclasses.dataclass(frozen=True)
 class Site:

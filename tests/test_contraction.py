@@ -78,8 +78,10 @@ def agree(mine: Tensor, theirs: Tensor) -> bool:
 def test_a_site_with_itself_gives_the_sum_over_samples_and_positions(N, positions, out, features, lies, monkeypatch):
     pair, sizes = of_itself(N, positions, out, features, lies), [out * features, out]
     assert agree(result(pair, sizes), truth(pair, sizes))
-    for working_set in (40_000, 3000):  # in parts of units, and of samples
-        monkeypatch.setattr("functional_hess.contraction.WORKING_SET", working_set)
+    monkeypatch.setattr("functional_hess.contraction.MIB", 0)
+    for bytes_at_a_time in (10_000, 1000):  # in parts of features or units, and of samples
+        monkeypatch.setattr("functional_hess.contraction.PANEL", bytes_at_a_time)
+        monkeypatch.setattr("functional_hess.contraction.WORKING_SET", bytes_at_a_time)
         assert agree(result(pair, sizes), truth(pair, sizes))
 
 
