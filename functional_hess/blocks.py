@@ -167,7 +167,12 @@ def require_out(problem: Problem, out: Tensor) -> None:
     verb, space = problem.verb, problem.space
     want = (space.dim, space.dim)
     if not problem.is_scalar:
-        raise ValueError(f"{verb}: out= holds one (n, n) matrix, so f must return a scalar. Leave it out for other f.")
+        value = problem.seen.value
+        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"{verb}: out= holds one (n, n) matrix, so f must return a scalar tensor (shape ()), got {got}. "
+            "Leave it out for such an f."
+        )
     if not may_write(problem):
         raise ValueError(_out_cannot(verb))
     is_tensor = isinstance(out, Tensor)

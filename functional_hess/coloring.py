@@ -89,7 +89,8 @@ class SparsityPattern:
         rows, columns = (np.asarray(index, dtype=np.int64).reshape(-1) for index in (rows, columns))
         for name, index, extent in (("row", rows, m), ("column", columns, n)):
             if index.size and not (index.min() >= 0 and index.max() < extent):
-                raise ValueError(f"pattern: {name} {index.max() if index.min() >= 0 else index.min()} is outside of {m} x {n}.")
+                wrong = index.max() if index.min() >= 0 else index.min()
+                raise ValueError(f"pattern: {name}s must be in range({extent}), for the shape is ({m}, {n}), got {wrong}.")
         return SparsityPattern._of_keys(np.unique(rows * n + columns), (m, n))
 
     @staticmethod

@@ -106,11 +106,15 @@ def load_problem(spec: str) -> Problem:
         if error.name is None or not f"{path}.".startswith(f"{error.name}."):
             raise  # an import of that module's own has failed
         raise ReportError(
-            f"there is no module {error.name!r}, looked for from {os.getcwd()} on, so {spec!r} leads nowhere."
+            f"{spec!r} must name a module that can be imported, but there is no module {error.name!r}, looked for from "
+            f"{os.getcwd()} on. Run the command where the module is, or install it."
         ) from None
     for step in attribute.split("."):
         if not hasattr(found, step):
-            raise ReportError(f"{spec!r} leads nowhere: {getattr(found, '__name__', attribute)!r} has no attribute {step!r}.")
+            raise ReportError(
+                f"{spec!r} must name a function of the module, but {getattr(found, '__name__', attribute)!r} has no attribute "
+                f"{step!r}. Write it as package.module:problem."
+            )
         found = getattr(found, step)
     if not callable(found):
         raise ReportError(f"{spec!r} must be a function that returns (f, params), but is of type {type(found).__name__}.")
@@ -287,14 +291,17 @@ def model_report(
     return facts
 
 
+_OTHER_FOLDER = "Pass another one, as in --out=DIR."
+
+
 def _writable(folder: str | Path) -> Path:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ReportError(f"cannot make the folder {folder}: {error.strerror or error}.") from None
+        raise ReportError(f"cannot make the folder {folder} ({error.strerror or error}). {_OTHER_FOLDER}") from None
     if not os.access(folder, os.W_OK):
-        raise ReportError(f"cannot write into the folder {folder}.")
+        raise ReportError(f"cannot write into the folder {folder}. {_OTHER_FOLDER}")
     return folder
 
 

@@ -505,7 +505,10 @@ def _matching(space: Space, pairs: Sequence[tuple[str, str]]) -> list[tuple[int,
         sides = [[leaf for leaf in space.leaves if fnmatch.fnmatchcase(space.paths[leaf], glob)] for glob in pair]
         for glob, side in zip(pair, sides, strict=True):
             if not side:
-                raise ValueError(f"hessian_blocks: {glob!r} matches no leaf; the paths are {', '.join(space.paths)}.")
+                raise ValueError(
+                    f"hessian_blocks: pairs must match paths of x, got {glob!r}, which matches no leaf; the paths are "
+                    f"{', '.join(space.paths)}."
+                )
         found += [(p, q) for p in sides[0] for q in sides[1]]
     return list(dict.fromkeys(found))
 
@@ -704,7 +707,7 @@ def explain(transformed: Callable[..., Any], *args: Any, **kwargs: Any) -> Expla
     planned = getattr(transformed, "planned", None)
     if planned is None:
         raise TypeError(
-            "explain: takes what hessian, hessian_rows, hessian_blocks or hessian_diagonal return, got "
+            "explain: transformed must be what hessian, hessian_rows, hessian_blocks or hessian_diagonal return, got "
             f"{type(transformed).__name__}. Write explain(hessian(f), x)."
         )
     plan: Plan | Lift | Colored = planned(*args, **kwargs)

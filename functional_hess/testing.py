@@ -188,7 +188,10 @@ def _floating_outputs(bound: Bound, x: Tensors) -> Flat:
         out = bound.call(*tensors)
         space = Space.of(out, "f(x)")
         if not space.shapes:
-            raise TypeError(f"{bound.verb}: f(x) holds no floating tensor, so it has no derivative; got {type(out).__name__}.")
+            raise TypeError(
+                f"{bound.verb}: f must return at least one floating tensor, got {type(out).__name__}. Return the tensor itself, "
+                "not .item() or float(...) of it."
+            )
         return space.pack(out, "f(x)")
 
     return first

@@ -10,7 +10,7 @@ Jacobians, which are transforms mapped over unit vectors, stand on the next floo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -459,7 +459,7 @@ def vmap(
             spots = _out_dims(out_dims, out)
             whole = {i: t for i, t in enumerate(results) if spots[i] is None}
             seen.append((rebuild_out, spots, whole))
-            _require_unmapped(whole.values())
+            _require_unmapped(out, whole)
             return tuple(t for i, t in enumerate(results) if i not in whole)
 
         with named_errors("vmap", "batched"):
@@ -504,6 +504,16 @@ def _out_dims(out_dims: Any, out: Tree) -> list[int | None]:
     return [d for d, leaf in zip(spread, leaves, strict=True) if isinstance(leaf, Tensor)]
 
 
-def _require_unmapped(tensors: Iterable[Tensor]) -> None:
-    if any(map(is_mapped_here, tensors)):
-        raise ValueError("vmap: out_dims is None for a result that depends on the mapped dimension; give its place.")
+def _require_unmapped(out: Tree, whole: Mapping[int, Tensor]) -> None:
+    """None of the tensors of ``out`` that are to have no mapped dimension, here by their number, has one."""
+    names = [
+        name
+        for name, leaf in zip(written(out, "f(x)"), broadcast_prefix(out, out, "f(x)"), strict=True)
+        if isinstance(leaf, Tensor)
+    ]
+    for i, t in whole.items():
+        if is_mapped_here(t):
+            raise ValueError(
+                f"vmap: out_dims must be a place for {names[i]}, which depends on the mapped dimension, got None. Give it, as "
+                "in 0."
+            )

@@ -157,8 +157,14 @@ def test_patterns_cannot_be_written_to():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda: SparsityPattern.of_entries([0, 3], [0, 0], (3, 3)), "row 3 is outside of 3 x 3"),
-        (lambda: SparsityPattern.of_entries([0], [-1], (3, 3)), "column -1 is outside of 3 x 3"),
+        (
+            lambda: SparsityPattern.of_entries([0, 3], [0, 0], (3, 3)),
+            r"rows must be in range\(3\), for the shape is \(3, 3\), got 3",
+        ),
+        (
+            lambda: SparsityPattern.of_entries([0], [-1], (3, 3)),
+            r"columns must be in range\(3\), for the shape is \(3, 3\), got -1",
+        ),
         (lambda: SparsityPattern.of_matrix(np.ones(3)), r"two dimensions, got an array of shape \(3,\)"),
         (lambda: banded(-1), "half_width must be at least 0, got -1"),
         (lambda: blocks([2, 2])(5), "add up to 5, got 4"),

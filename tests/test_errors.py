@@ -814,10 +814,10 @@ ROWS: dict[str, list[Row]] = {
             lambda _: fh.vmap(cubes)({"w": W, "b": torch.ones(3)}),
         ),
         Row(
-            "out_dims",
+            "f(x)[1]",
             ValueError,
-            "vmap: out_dims is None for a result that depends on the mapped dimension; give its place.",
-            lambda _: fh.vmap(torch.sin, out_dims=None)(W),
+            "vmap: out_dims must be a place for f(x)[1], which depends on the mapped dimension, got None. Give it, as in 0.",
+            lambda _: fh.vmap(lambda x: (x, x.sin()), out_dims=(0, None))(W),
         ),
         Row(
             "chunk_size",
@@ -971,7 +971,8 @@ ROWS: dict[str, list[Row]] = {
         Row(
             "out=",
             ValueError,
-            "hessian: out= holds one (n, n) matrix, so f must return a scalar. Leave it out for other f.",
+            "hessian: out= holds one (n, n) matrix, so f must return a scalar tensor (shape ()), got a tensor of shape (2,). "
+            "Leave it out for such an f.",
             lambda _: fh.hessian(torch.sin, out=torch.zeros(2, 2))(W),
         ),
         Row(
@@ -1100,9 +1101,9 @@ ROWS: dict[str, list[Row]] = {
             lambda _: fh.hessian_blocks(cubes, pairs=["w"])(X),  # type: ignore[list-item]
         ),
         Row(
-            "'v'",
+            "pairs",
             ValueError,
-            "hessian_blocks: 'v' matches no leaf; the paths are b, w.",
+            "hessian_blocks: pairs must match paths of x, got 'v', which matches no leaf; the paths are b, w.",
             lambda _: fh.hessian_blocks(cubes, pairs=[("w", "v")])(X),
         ),
         Row(
@@ -1115,8 +1116,8 @@ ROWS: dict[str, list[Row]] = {
         Row(
             "explain",
             TypeError,
-            "explain: takes what hessian, hessian_rows, hessian_blocks or hessian_diagonal return, got function. Write "
-            "explain(hessian(f), x).",
+            "explain: transformed must be what hessian, hessian_rows, hessian_blocks or hessian_diagonal return, got function. "
+            "Write explain(hessian(f), x).",
             lambda _: fh.explain(cube, W),
         ),
     ],
@@ -1383,15 +1384,15 @@ ROWS: dict[str, list[Row]] = {
     ],
     "coloring": [
         Row(
-            "row 3",
+            "rows",
             ValueError,
-            "pattern: row 3 is outside of 2 x 2.",
+            "pattern: rows must be in range(2), for the shape is (2, 2), got 3.",
             lambda _: coloring.SparsityPattern.of_entries([0, 3], [0, 0], (2, 2)),
         ),
         Row(
-            "column -1",
+            "columns",
             ValueError,
-            "pattern: column -1 is outside of 2 x 2.",
+            "pattern: columns must be in range(2), for the shape is (2, 2), got -1.",
             lambda _: coloring.SparsityPattern.of_entries([0], [-1], (2, 2)),
         ),
         Row(
@@ -1425,8 +1426,9 @@ ROWS: dict[str, list[Row]] = {
         Row(
             "H v",
             LawError,
-            "hvp: H v along a random direction disagrees with central differences: at x got 0, expected 24; the "
-            "largest disagreement there is 24, more than the tolerance ....",
+            "hvp: H v along a random direction disagrees with central differences: at x got 0, expected 24; the largest "
+            "disagreement there is 24, more than the tolerance .... An op of f, or a backward written for it, has a wrong "
+            "derivative: another mode= may have a right one.",
             lambda _: checked_wrong(),
         ),
         Row(
@@ -1482,9 +1484,10 @@ ROWS: dict[str, list[Row]] = {
             lambda _: testing.check_derivatives(torch.sin, W, order=0),
         ),
         Row(
-            "f(x)",
+            "f",
             TypeError,
-            "check_derivatives: f(x) holds no floating tensor, so it has no derivative; got int.",
+            "check_derivatives: f must return at least one floating tensor, got int. Return the tensor itself, not .item() or "
+            "float(...) of it.",
             lambda _: testing.check_derivatives(lambda x: 3, W),
         ),
         Row(
@@ -1498,29 +1501,33 @@ ROWS: dict[str, list[Row]] = {
         Row(
             "at args[0]",
             LawError,
-            "check_derivatives: the vjp of f disagrees with central differences along a random direction: at args[0] "
-            "got ..., expected ...; the largest disagreement there is ..., more than the tolerance ....",
+            "check_derivatives: the vjp of f disagrees with central differences along a random direction: at args[0] got ..., "
+            "expected ...; the largest disagreement there is ..., more than the tolerance .... An op of f, or a backward "
+            "written for it, has a wrong derivative.",
             lambda _: testing.check_derivatives(WrongBackward.apply, W.double()),
         ),
         Row(
             "at f(x)",
             LawError,
-            "check_derivatives: the jvp of f disagrees with central differences along a random direction: at f(x) got "
-            "..., expected ...; the largest disagreement there is ..., more than the tolerance ....",
+            "check_derivatives: the jvp of f disagrees with central differences along a random direction: at f(x) got ..., "
+            "expected ...; the largest disagreement there is ..., more than the tolerance .... An op of f, or a backward "
+            "written for it, has a wrong derivative.",
             lambda _: testing.check_derivatives(WrongForward.apply, W.double()),
         ),
         Row(
             "at x",
             LawError,
-            "check_hessian: <u, H v> = <v, H u> fails along a random direction: at x got ..., expected ...; the "
-            "largest disagreement there is ..., more than the tolerance ....",
+            "check_hessian: <u, H v> = <v, H u> fails along a random direction: at x got ..., expected ...; the largest "
+            "disagreement there is ..., more than the tolerance .... An op of f, or a backward written for it, has a wrong "
+            "derivative.",
             lambda _: testing.check_hessian(lambda x: Twisted.apply(x).sum(), torch.arange(3.0).double()),
         ),
         Row(
             "at x",
             LawError,
-            "check_hessian: forward-over-reverse = reverse-over-reverse fails along a random direction: at x got ..., "
-            "expected ...; the largest disagreement there is ..., more than the tolerance ....",
+            "check_hessian: forward-over-reverse = reverse-over-reverse fails along a random direction: at x got ..., expected "
+            "...; the largest disagreement there is ..., more than the tolerance .... An op of f, or a backward written for it,"
+            " has a wrong derivative.",
             lambda _: testing.check_hessian(lambda x: CubeOfTwoMinds.apply(x).sum(), W.double()),
         ),
     ],
@@ -1738,13 +1745,15 @@ ROWS: dict[str, list[Row]] = {
         Row(
             "'absent'",
             report.ReportError,
-            "there is no module 'absent', looked for from ... on, so 'absent:problem' leads nowhere.",
+            "'absent:problem' must name a module that can be imported, but there is no module 'absent', looked for from ... on."
+            " Run the command where the module is, or install it.",
             problem("absent:problem"),
         ),
         Row(
             "'problems:absent'",
             report.ReportError,
-            "'problems:absent' leads nowhere: 'problems' has no attribute 'absent'.",
+            "'problems:absent' must name a function of the module, but 'problems' has no attribute 'absent'. Write it as "
+            "package.module:problem.",
             problem("problems:absent"),
         ),
         Row(
@@ -1774,10 +1783,12 @@ ROWS: dict[str, list[Row]] = {
         Row(
             "folder",
             report.ReportError,
-            "cannot make the folder /dev/null/report: Not a directory.",
+            "cannot make the folder /dev/null/report (Not a directory). Pass another one, as in --out=DIR.",
             on(cube, W, "/dev/null/report"),
         ),
-        Row("folder", report.ReportError, "cannot write into the folder ...", on(cube, W, "")),
+        Row(
+            "folder", report.ReportError, "cannot write into the folder .... Pass another one, as in --out=DIR.", on(cube, W, "")
+        ),
         Row(
             "params['z']",
             report.ReportError,

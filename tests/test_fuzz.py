@@ -458,7 +458,11 @@ def mistaken(rng: random.Random) -> Call:
         "no function": lambda: (product(f=3), TypeError, "f must be callable, got int"),
         "of its own": lambda: (product(f=failing), KeyError, "of its own"),
         "row": lambda: (lambda: list(fh.hessian_rows(f, rows=[10_000])(*s.args)), IndexError, "row 10000 is out of range"),
-        "pairs": lambda: (lambda: fh.hessian_blocks(f, pairs=[("zz*", "*")])(*s.args), ValueError, r"'zz\*' matches no leaf"),
+        "pairs": lambda: (
+            lambda: fh.hessian_blocks(f, pairs=[("zz*", "*")])(*s.args),
+            ValueError,
+            r"got 'zz\*', which matches no leaf",
+        ),
         "out": lambda: (lambda: fh.hessian(f, out=torch.ones(50, 49))(*s.args), ValueError, "out(= cannot| must have shape)"),
         "cotangent": lambda: (
             lambda: fh.vjp(f, *s.args)[1](torch.ones(3)),
