@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from functional_hess.chunking import MIB, WORKING_SET
+from functional_hess.nesting import untraced
 from functional_hess.sites import Entry, Site
 
 __all__ = ["Pair", "blocks_of", "diagonal_of", "product_of", "put_block"]
@@ -285,7 +286,8 @@ def diagonal_of(pair: Pair) -> Iterator[tuple[int, Tensor, Tensor]]:
         if ea.leaf != eb.leaf:
             continue
         a, b, D = pair.hs[..., sa], pair.ht[..., sb], None if pair.D is None else pair.D[..., sb]
-        where = _rows_in_common(ea.index, eb.index)
+        with untraced():
+            where = _rows_in_common(ea.index, eb.index)
         if where is not None:  # row i of the first is row where[i] of the second, every feature in its place
             A = pair.A[..., where].diagonal(0, 1, 4)  # (S, N, T, i)
             if a.shape[1] == b.shape[1] == 1:
@@ -296,7 +298,8 @@ def diagonal_of(pair: Pair) -> Iterator[tuple[int, Tensor, Tensor]]:
                 values = values + torch.einsum("naj,nbi,ainbj->ij", a, pair.g[..., where], D)
             yield ea.leaf, ea.index.flatten(), values.flatten()
             continue
-        x, y = (ea.index.flatten()[:, None] == eb.index.flatten()).nonzero(as_tuple=True)  # seen differently: tied, sliced
+        with untraced():
+            x, y = (ea.index.flatten()[:, None] == eb.index.flatten()).nonzero(as_tuple=True)  # seen differently: tied, sliced
         i, j, k, p = x // ea.index.shape[1], x % ea.index.shape[1], y // eb.index.shape[1], y % eb.index.shape[1]
         values = torch.einsum("nae,anbe,nbe->e", a[..., j], _picked(pair.A, i, k), b[..., p])
         if D is not None:

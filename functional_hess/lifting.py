@@ -41,6 +41,7 @@ from functional_hess.elimination import (
 from functional_hess.guards import missing_rule, out_of_memory
 from functional_hess.independence import common_positions, independent_parts
 from functional_hess.levels import flat_jvp, flat_value_and_grad, repaired
+from functional_hess.nesting import is_traced, untraced
 from functional_hess.products import FORWARD_OVER_REVERSE, REVERSE_OVER_REVERSE, product_at
 from functional_hess.risk import EmpiricalRisk, Part, bytes_of_a_sample, samples_of
 from functional_hess.rows import Problem, rows_only
@@ -71,8 +72,10 @@ def lift(problem: Problem, args: Sequence[Any], argnums: Any, output: int, *, di
         argnums: those that are differentiated.
         output: bytes that the call allocates for its result.
     """
-    why_not = rows_only(problem, args) or ("" if fits(output, problem.space.device) else "the result would not fit")
-    if not isinstance(problem.f, EmpiricalRisk):
+    is_risk = isinstance(problem.f, EmpiricalRisk)
+    why_not = rows_only(problem, args, of_any_numbers=is_risk)
+    why_not = why_not or ("" if fits(output, problem.space.device) else "the result would not fit")
+    if not is_risk:
         rows = problem.space.dim * (problem.seen.saved + problem.seen.held / 32)  # products with data cost less for a byte
         return "" if why_not or rows < WORTH_A_PROOF or not problem.is_scalar else _of_plain(problem, args, output, diagonal)
     if argnums not in (0, (0,)):
@@ -99,7 +102,10 @@ def _of_risk(problem: Problem, samples: Part, in_tuple: bool, output: int, diago
         return tree[0] if in_tuple else tree
 
     kind = (diagonal, samples.kind, *((t.shape, t.dtype) for t in problem.bound.x))
-    return _planned(problem, problem.f, samples, at, output, None, kind)  # type: ignore[arg-type]
+    if is_traced() and kind not in _of_function(_plans, problem.f):
+        return "the call is being traced, and was not made before"
+    with untraced():
+        return _planned(problem, problem.f, samples, at, output, None, kind)  # type: ignore[arg-type]
 
 
 Asked = Callable[[Callable[[Sequence[Tensor]], Tensor], Tensors, Discovery], int]
@@ -289,15 +295,19 @@ def _by_stages(plan: Lift) -> Tensors:
 
 
 def _goes_by_stages(plan: Lift) -> bool:
-    """Whether the diagonal is that of a chain; the first time, an entry of every leaf is held to automatic differentiation."""
-    return chained(plan) and _held_once(plan, "diagonal", _entries_agree)
+    """Whether the diagonal is that of a chain; the first time, an entry of every leaf is held to automatic differentiation.
+
+    What its stages look at in every call is of these numbers, and nothing that could be written down for others.
+    """
+    return not is_traced() and chained(plan) and _held_once(plan, "diagonal", _entries_agree)
 
 
 def _held_once(plan: Lift, what: str, agree: Callable[[Lift], bool]) -> bool:
     known = _of_function(_certified, plan.problem.f)
     key = (what, plan.samples.kind, plan.parts, plan.found.tracked, plan.found.forbidden)
     if key not in known:
-        known[key] = agree(_few(plan))
+        with untraced():
+            known[key] = agree(_few(plan))
     return known[key]
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode
 
 __all__ = [
     "at_depth",
@@ -28,6 +29,7 @@ __all__ = [
     "is_mapped",
     "is_mapped_here",
     "is_outermost",
+    "is_traced",
     "is_tracked",
     "is_tracked_at",
     "is_watched",
@@ -35,6 +37,7 @@ __all__ = [
     "moves",
     "outside_transforms",
     "requires_grad_outside",
+    "untraced",
     "unwatched",
 ]
 
@@ -192,6 +195,16 @@ def unwatched(t: Tensor) -> Tensor:
         for dim in reversed(mapped):
             t = t.select(dim, 0)
         return t.detach()
+
+
+def is_traced() -> bool:
+    """Whether operations are being written down (``make_fx``), for other numbers too."""
+    return get_proxy_mode() is not None
+
+
+def untraced() -> contextlib.AbstractContextManager[Any]:
+    """What is computed inside is not written down, and a constant of the trace: for what does not depend on numbers."""
+    return disable_proxy_modes_tracing()
 
 
 def outside_transforms() -> contextlib.AbstractContextManager[Any]:

@@ -110,7 +110,9 @@ def prepare(
 
     Returns:
         a :class:`Prepared`. A call costs the operations alone: no level of differentiation is opened, no memory predicted. Chunks
-        are those of the example: a matrix that needed chunks there is still computed by chunks. Results carry no graph.
+        are those of the example: a matrix that needed chunks there is still computed by chunks. The Hessian, blocks and diagonal
+        of an empirical risk, ``hessian(risk)``, are lifted where the example's are; what a call proves of its own numbers is no
+        basis for others, so any other function goes by rows. Results carry no graph.
 
     Raises:
         PrepareError: f branches on a value or draws random numbers; or the traced result differs from the eager one.

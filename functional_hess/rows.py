@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from functional_hess.chunking import (
     FEWEST_FOR_SPEED,
@@ -41,7 +40,7 @@ from functional_hess.guards import (
     value_and_gradient,
     warn_of_low_precision,
 )
-from functional_hess.nesting import is_outermost
+from functional_hess.nesting import is_outermost, is_traced
 from functional_hess.products import (
     FINITE_DIFFERENCE,
     FORWARD_OVER_REVERSE,
@@ -204,8 +203,11 @@ def look(
     return Problem(f, bound, scalar, seen, options, check)
 
 
-def rows_only(problem: Problem, args: Sequence[Any]) -> str:
-    """Why rows must be computed as they are, whatever the structure of f(*args); ``""`` if they need not."""
+def rows_only(problem: Problem, args: Sequence[Any], *, of_any_numbers: bool = False) -> str:
+    """Why rows must be computed as they are, whatever the structure of f(*args); ``""`` if they need not.
+
+    ``of_any_numbers`` says that the structure does not depend on numbers, so that a trace may rely on it.
+    """
     options, x = problem.options, problem.bound.x
     if options.resume is not None:
         return "resume= keeps rows"
@@ -213,7 +215,7 @@ def rows_only(problem: Problem, args: Sequence[Any]) -> str:
         return "an option says how rows are computed"
     if not is_outermost():
         return "a transform is outside"
-    if get_proxy_mode() is not None:
+    if is_traced() and not of_any_numbers:
         return "the call is being traced, for other numbers too"
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors_of(tuple(args))[0]):
         return "an argument requires grad"
@@ -236,7 +238,7 @@ def recorded(
         return None
     if not isinstance(options.resume, (str, os.PathLike)):
         raise TypeError(f"{problem.verb}: resume must be the path of a file, got {type(options.resume).__name__}.")
-    if not is_outermost() or get_proxy_mode() is not None:
+    if not is_outermost() or is_traced():
         raise ValueError(
             f"{problem.verb}: resume= belongs to the outermost call, not inside another transform or a trace. Leave it out here."
         )

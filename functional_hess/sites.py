@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 
 from functional_hess.affine import Product, recognized
 from functional_hess.levels import reached_variables
-from functional_hess.nesting import is_outermost
+from functional_hess.nesting import is_outermost, untraced
 from functional_hess.tree import tensors_of
 
 __all__ = ["Discovery", "Entry", "Key", "Lifted", "Site", "SitesChanged", "find_sites"]
@@ -67,14 +67,19 @@ class Entry:
     @functools.cached_property
     def lattice(self) -> tuple[int, int, int] | None:
         """(start, step, step) if index[i, j] = start + i step + j step and no two are equal, as in a matrix and its transpose."""
-        m, n = self.index.shape
-        if not m * n:
-            return None
-        start = int(self.index[0, 0])
-        down, right = (int(self.index[1, 0]) - start if m > 1 else n, int(self.index[0, 1]) - start if n > 1 else 1)
-        apart = min(down, right) > 0 and (m == 1 or n == 1 or down >= n * right or right >= m * down)
-        count = functools.partial(torch.arange, device=self.index.device)
-        return (start, down, right) if apart and self.index.equal(start + count(m)[:, None] * down + count(n) * right) else None
+        with untraced():
+            return _lattice(self.index)
+
+
+def _lattice(index: Tensor) -> tuple[int, int, int] | None:
+    m, n = index.shape
+    if not m * n:
+        return None
+    start = int(index[0, 0])
+    down, right = (int(index[1, 0]) - start if m > 1 else n, int(index[0, 1]) - start if n > 1 else 1)
+    apart = min(down, right) > 0 and (m == 1 or n == 1 or down >= n * right or right >= m * down)
+    count = functools.partial(torch.arange, device=index.device)
+    return (start, down, right) if apart and index.equal(start + count(m)[:, None] * down + count(n) * right) else None
 
     def part(self, units: slice = slice(None), features: slice = slice(None)) -> Entry:
         """Some units and features alone."""
@@ -109,6 +114,13 @@ class Site:
     def size(self) -> int:
         """Directions that seed this site."""
         return self.units.numel()
+
+    @functools.cached_property
+    def order(self) -> Tensor | None:
+        """Where each number of z, flattened, has its perturbation; ``None`` where they are in one order."""
+        with untraced():
+            places = self.units.flatten()
+            return None if places.equal(torch.arange(places.numel(), device=places.device)) else places.argsort()
 
     @property
     def width(self) -> int:
@@ -382,7 +394,7 @@ class Lifted(_Watch):
         else:
             z = compute()
         if key in self.outputs:
-            self.kept[key] = _as_units(z, site.units)
+            self.kept[key] = _as_units(z, site)
             z = _as_output(self.severed[key], site).clone() if key in self.severed else z
         if key in self.eps:
             eps: Any = self.eps[key]
@@ -399,19 +411,17 @@ def _summands(key: Key) -> Iterator[Key]:
             yield from _summands(part)
 
 
-def _as_units(z: Tensor, units: Tensor) -> Tensor:
+def _as_units(z: Tensor, site: Site) -> Tensor:
     """z in the shape (positions, out) of its perturbation."""
-    if units.flatten().equal(torch.arange(units.numel(), device=units.device)):
-        return z.clone().reshape(units.shape)  # another operation may write to z
-    return z.flatten()[units]
+    if site.order is None:
+        return z.clone().reshape(site.units.shape)  # another operation may write to z
+    return z.flatten()[site.units]
 
 
 def _as_output(eps: Tensor, site: Site) -> Tensor:
     """A perturbation of shape (positions, out) in the shape of z."""
-    flat, places = eps.flatten(), site.units.flatten()
-    if not places.equal(torch.arange(places.numel(), device=places.device)):
-        flat = flat[places.argsort()]
-    return flat.view(site.shape)
+    flat = eps.flatten()
+    return (flat if site.order is None else flat[site.order]).view(site.shape)
 
 
 # ---------------------------------------------------------------------------------------------------- finding them

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import functional_hess as fh
-from functional_hess import Space, contraction, elimination, empirical_risk, explain, lifting, seeding, sites
+from functional_hess import Space, contraction, elimination, empirical_risk, explain, lifting, second_order, seeding, sites
 
 N = 5
 ce = F.cross_entropy
@@ -269,6 +269,39 @@ def test_a_tuple_of_argnums_is_lifted():
     net = ARCHITECTURES[0]
     H = fh.hessian(empirical_risk(net.loss), argnums=(0,))(net.p, net.X, net.y)
     assert relative_error(Space.of((net.p,)).matrix(H), net.truth()) < 1e-12
+
+
+# Prepared --------------------------------------------------------------------------------------------------------------
+
+
+PREPARED = ("x @ W", "shared and transposed", "attention", "tied embedding", "convolution", "used in two ways", "carried leaves")
+
+
+@pytest.mark.parametrize(
+    "net", [n if n.name in PREPARED else pytest.param(n, marks=pytest.mark.slow) for n in ARCHITECTURES], ids=str
+)
+def test_a_risk_is_prepared_as_it_is_lifted_and_right_at_other_numbers(net, monkeypatch):
+    monkeypatch.setattr(second_order, "evaluate", _no_rows)
+    risk, space = empirical_risk(net.loss), Space.of(net.p)
+    moved = {**net.p, **{name: t.cos() for name, t in net.leaves.items()}}
+    other = dataclasses.replace(net, p=moved, X=net.X.flip(0, 1))
+    H = fh.prepare(fh.hessian(risk), net.p, net.X, net.y)
+    assert relative_error(space.matrix(H(net.p, net.X, net.y)), net.truth()) < 1e-12
+    assert relative_error(space.matrix(H(other.p, other.X, other.y)), other.truth()) < 1e-12
+    diagonal = fh.prepare(fh.hessian_diagonal(risk), net.p, net.X, net.y)
+    assert relative_error(space.ravel(diagonal(other.p, other.X, other.y)), other.truth().diagonal()) < 1e-12
+
+
+def _no_rows(plan: Any) -> Any:
+    raise AssertionError("rows were computed")
+
+
+def test_a_trace_of_a_risk_that_was_never_called_goes_by_rows():
+    net = ARCHITECTURES[0]
+    called = torch.fx.experimental.proxy_tensor.make_fx(lambda p: fh.hessian(empirical_risk(net.loss))(p, net.X, net.y))(net.p)
+    assert relative_error(Space.of(net.p).matrix(called(net.p)), net.truth()) < 1e-12
+    prepared = fh.prepare(lambda p: fh.hessian(empirical_risk(net.loss))(p, net.X, net.y), net.p)
+    assert relative_error(Space.of(net.p).matrix(prepared(net.p)), net.truth()) < 1e-12
 
 
 # Any cut ---------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import torch
 
 from functional_hess import (
     colored,
-    empirical_risk,
     explain,
     grad,
     hessian,
@@ -296,8 +295,8 @@ def test_functions_that_kill_a_tracing_process_are_prepared(kind):
 # Structure ---------------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_lifted_or_colored_is_prepared_by_rows(monkeypatch):
-    """What a call proves of its own numbers is no basis for other numbers."""
+def test_what_is_proved_of_numbers_is_prepared_by_rows(monkeypatch):
+    """What a call proves of its own numbers is no basis for other numbers. (That samples of a risk are apart needs no proof.)"""
     monkeypatch.setattr(lifting, "WORTH_A_PROOF", 0)
     monkeypatch.setattr(colored, "WORTH_A_LOOK", 0)
     X, w = points(8, 5), points(5, 4, seed=1)
@@ -308,8 +307,7 @@ def test_what_is_lifted_or_colored_is_prepared_by_rows(monkeypatch):
     def chain(x):
         return (x[1:] * x[:-1] ** 3).sum()
 
-    risk = empirical_risk(lambda w, x: torch.tanh(x @ w).square().sum())
-    for route, f, args in (("lifted", network, (w,)), ("lifted", risk, (w, X)), ("colored", chain, (points(40),))):
+    for route, f, args in (("lifted", network, (w,)), ("colored", chain, (points(40),))):
         assert explain(hessian(f), *args).route == route
         prepared = prepare(hessian(f), *args)
         moved = (2 * args[0], *args[1:])

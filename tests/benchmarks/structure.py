@@ -138,6 +138,7 @@ def dense(widths: tuple[int, ...], samples: int, dtype: Any, tiny: bool) -> list
     risk = fh.empirical_risk(_loss)
     return [
         Way("lifted", lambda: lambda: fh.hessian(risk)(*args)),
+        Way("lifted, prepared", lambda: functools.partial(fh.prepare(fh.hessian(risk), *args), *args)),
         Way("rows", lambda: lambda: fh.hessian(_loss, mode=ROWS)(*args)),
         Way("torch.func.hessian", lambda: lambda: torch.func.hessian(_loss)(*args), slow=True),
         *only(jax, Way("jax.hessian, compiled", lambda: _jax_compiled(jax.hessian(_jax_loss), *arrays))),
