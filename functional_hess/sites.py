@@ -70,6 +70,14 @@ class Entry:
         with untraced():
             return _lattice(self.index)
 
+    def part(self, units: slice = slice(None), features: slice = slice(None)) -> Entry:
+        """Some units and features alone."""
+        part = Entry(self.leaf, self.index[units, features], self.is_bias)
+        if self.lattice:
+            start, down, right = self.lattice
+            part.__dict__["lattice"] = start + down * (units.start or 0) + right * (features.start or 0), down, right
+        return part
+
 
 def _lattice(index: Tensor) -> tuple[int, int, int] | None:
     m, n = index.shape
@@ -80,14 +88,6 @@ def _lattice(index: Tensor) -> tuple[int, int, int] | None:
     apart = min(down, right) > 0 and (m == 1 or n == 1 or down >= n * right or right >= m * down)
     count = functools.partial(torch.arange, device=index.device)
     return (start, down, right) if apart and index.equal(start + count(m)[:, None] * down + count(n) * right) else None
-
-    def part(self, units: slice = slice(None), features: slice = slice(None)) -> Entry:
-        """Some units and features alone."""
-        part = Entry(self.leaf, self.index[units, features], self.is_bias)
-        if self.lattice:
-            start, down, right = self.lattice
-            part.__dict__["lattice"] = start + down * (units.start or 0) + right * (features.start or 0), down, right
-        return part
 
 
 @dataclasses.dataclass(frozen=True)
