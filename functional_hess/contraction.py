@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from functional_hess.chunking import MIB, WORKING_SET
 from functional_hess.nesting import untraced
 from functional_hess.sites import Entry, Site
 
-__all__ = ["Pair", "blocks_of", "diagonal_of", "product_of", "put_block"]
+__all__ = ["Pair", "diagonal_of", "product_of", "put_pair"]
 
 ENOUGH = 128  # samples from which on half of the products are worth putting the other half in its places
 PANELS = 4  # at least, of a symmetric block that is not small: more of them save little
@@ -37,7 +37,8 @@ class Pair:
     """What the sites s and t give for N samples, S and T their positions.
 
     ``hs`` (N, S, f), ``A`` (S, i, N, T, k), ``ht`` (N, T, f'), ``g`` (N, T, k), ``D`` (S, i, N, T, f') or ``None`` where it
-    vanishes.
+    vanishes. Where unit i of s moves feature i of t and no other, as through an elementwise function, ``slope`` (N, i) is all
+    of D, which is left out.
     """
 
     s: Site
@@ -48,6 +49,7 @@ class Pair:
     ht: Tensor
     g: Tensor
     D: Tensor | None
+    slope: Tensor | None = None
 
     @property
     def whole(self) -> bool:
@@ -56,10 +58,11 @@ class Pair:
 
     def split(self, count: int) -> Iterator[Pair]:
         """The same for ``count`` samples at a time."""
-        slopes = itertools.repeat(None) if self.D is None else self.D.split(count, 2)
-        parts = (self.hs.split(count), self.A.split(count, 2), self.ht.split(count), self.g.split(count), slopes)
-        for hs, A, ht, g, D in zip(*parts, strict=False):
-            yield dataclasses.replace(self, hs=hs, A=A, ht=ht, g=g, D=D)
+        none = itertools.repeat(None)
+        slopes = (none if self.D is None else self.D.split(count, 2), none if self.slope is None else self.slope.split(count))
+        parts = (self.hs.split(count), self.A.split(count, 2), self.ht.split(count), self.g.split(count), *slopes)
+        for hs, A, ht, g, D, slope in zip(*parts, strict=False):
+            yield dataclasses.replace(self, hs=hs, A=A, ht=ht, g=g, D=D, slope=slope)
 
     def rows(self, units: slice) -> Pair:
         """Some units of s alone."""
@@ -78,8 +81,23 @@ def _units(site: Site, units: slice) -> Site:
 # ---------------------------------------------------------------------------------------------------- blocks
 
 
-def blocks_of(pair: Pair) -> Iterator[tuple[Entry, Entry, Tensor, bool]]:
-    """All that a pair adds to H: the entries of two leaves and values (i, j, k, p), with the mirror image where it is another.
+Blocks = Mapping[tuple[int, int], Tensor]
+
+
+def put_pair(blocks: Blocks, pair: Pair, *, add: bool) -> set[tuple[int, int]]:
+    """Write all that a pair gives into the blocks of H by leaves, (rows, columns), or add it; returns the blocks it met."""
+    met = set()
+    for a, b, values, again in _values(pair):
+        if (a.leaf, b.leaf) in blocks:
+            _put(blocks[a.leaf, b.leaf], a, b, values, add=add or again)
+            met.add((a.leaf, b.leaf))
+    if pair.slope is not None:
+        _add_slope(blocks, pair)
+    return met
+
+
+def _values(pair: Pair) -> Iterator[tuple[Entry, Entry, Tensor, bool]]:
+    """The entries of two leaves and values (i, j, k, p), with the mirror image where it is another.
 
     The last says whether it comes on top of values of the same pair. Values lie in memory in the order that suits the entries.
     """
@@ -171,6 +189,37 @@ def _slope(pair: Pair) -> Tensor:
     return (hs.reshape(N * S, J).T @ turned).view(J, o, q, P).transpose(0, 1)
 
 
+def _add_slope(blocks: Blocks, pair: Pair) -> None:
+    """sum over n of hs[n,j] slope[n,i] g[n,k] at the places (i, j), (k, i), and their mirror images."""
+    o, q = pair.s.out, pair.t.out
+    count = max(1, int(WORKING_SET / 4 / (o * q * pair.hs.element_size())))
+
+    def of(some: Pair) -> Tensor:
+        assert some.slope is not None
+        return some.hs[:, 0].T @ (some.slope[:, :, None] * some.g).flatten(1)
+
+    values = functools.reduce(Tensor.add_, map(of, pair.split(count))).view(-1, o, q).transpose(0, 1)  # (i, j, k)
+    for (sa, a), (sb, b) in itertools.product(pair.s.slices(), pair.t.slices()):
+        units = slice(sb.start, min(sb.stop, o))
+        rows, columns = a.index[units, :, None], b.index[:, : max(0, units.stop - units.start)].T[:, None]
+        for block in (blocks.get((a.leaf, b.leaf)), blocks[b.leaf, a.leaf].T if (b.leaf, a.leaf) in blocks else None):
+            if block is not None and units.start < units.stop:
+                block.index_put_((rows, columns), values[units, sa], accumulate=True)
+
+
+def _put(block: Tensor, a: Entry, b: Entry, values: Tensor, *, add: bool) -> None:
+    """Write values (i, j, k, p) to the places a (i, j) and b (k, p) of two leaves, or add them to what is there."""
+    if a.lattice and b.lattice:
+        row, column = block.stride()
+        strides = (a.lattice[1] * row, a.lattice[2] * row, b.lattice[1] * column, b.lattice[2] * column)
+        start = block.storage_offset() + a.lattice[0] * row + b.lattice[0] * column
+        there = block.as_strided(values.shape, strides, start)
+        there.add_(values) if add else there.copy_(values)
+    else:
+        rows, columns = a.index.flatten()[:, None], b.index.flatten()
+        block.index_put_((rows, columns), values.reshape(len(rows), -1), accumulate=add)
+
+
 # ---------------------------------------------------------------------------------------------------- a site with itself
 
 
@@ -250,7 +299,7 @@ def _places(i: Tensor, k: Tensor, m: int) -> Tensor:
     return places.flatten()
 
 
-# ---------------------------------------------------------------------------------------------------- products and places
+# ---------------------------------------------------------------------------------------------------- products
 
 
 def product_of(pair: Pair, Vs: Tensor, Vt: Tensor) -> tuple[Tensor, Tensor]:
@@ -261,20 +310,11 @@ def product_of(pair: Pair, Vs: Tensor, Vt: Tensor) -> tuple[Tensor, Tensor]:
     if pair.D is not None:
         at_s += torch.einsum("naj,ainbp,nbp->ij", pair.hs, pair.D, pair.g @ Vt)
         at_t += torch.einsum("nai,ainbp,nbk->kp", ws, pair.D, pair.g)
+    if pair.slope is not None:
+        o = pair.s.out
+        at_s += torch.einsum("naj,ni,nai->ij", pair.hs, pair.slope, (pair.g @ Vt)[..., :o])
+        at_t[:, :o] += torch.einsum("nai,ni,nak->ki", ws, pair.slope, pair.g)
     return at_s, torch.zeros_like(at_t) if pair.same else at_t
-
-
-def put_block(block: Tensor, a: Entry, b: Entry, values: Tensor, *, add: bool) -> None:
-    """Write values (i, j, k, p) to the places a (i, j) and b (k, p) of two leaves, or add them to what is there."""
-    if a.lattice and b.lattice:
-        row, column = block.stride()
-        strides = (a.lattice[1] * row, a.lattice[2] * row, b.lattice[1] * column, b.lattice[2] * column)
-        start = block.storage_offset() + a.lattice[0] * row + b.lattice[0] * column
-        there = block.as_strided(values.shape, strides, start)
-        there.add_(values) if add else there.copy_(values)
-    else:
-        rows, columns = a.index.flatten()[:, None], b.index.flatten()
-        block.index_put_((rows, columns), values.reshape(len(rows), -1), accumulate=add)
 
 
 # ---------------------------------------------------------------------------------------------------- the diagonal

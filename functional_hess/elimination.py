@@ -359,6 +359,7 @@ def pairs_by_stages(plan: Lift, samples: Part, wanted: Wanted) -> Iterator[Pair]
     stages = _Stages.of(plan, samples)
     A: dict[tuple[Key, Key], Tensor] = {}
     D: dict[tuple[Key, Key], Tensor] = {}
+    slopes: dict[tuple[Key, Key], Tensor | None] = {}
     done: list[Key] = []
     for (t, names), (R, J, own) in reversed(_local(stages)):
         for a in names:
@@ -373,8 +374,19 @@ def pairs_by_stages(plan: Lift, samples: Part, wanted: Wanted) -> Iterator[Pair]
                 A[b, a] = A[a, b].mT
             if t is not None:
                 D[t, a] = own[a]
+                slopes[t, a] = _unit_by_unit(own[a])
         done += names
-    yield from _pairs(stages, A, D, wanted)
+    yield from _pairs(stages, A, D, slopes, wanted)
+
+
+def _unit_by_unit(D: Tensor) -> Tensor | None:
+    """The diagonal (n, v) of dh/deps (n, positions, f, v), if there is one position and no unit moves another feature."""
+    if D.shape[1] > 1 or D.shape[2] < D.shape[3]:
+        return None
+    rest = D[:, 0].clone()
+    diagonal = rest.diagonal(0, 1, 2).clone()
+    rest.diagonal(0, 1, 2).zero_()
+    return None if bool(rest.any()) else diagonal
 
 
 def _added(curvature: Tensor, R: Tensor) -> Tensor:
@@ -434,14 +446,17 @@ def _side_by_side(stages: _Stages, entering: Sequence[tuple[Key, list[Key]]]) ->
         yield R, J, {a: m.permute(1, 2, 3, 0) for a, m in rows(features[t]).items()} if t in features else {}
 
 
-def _pairs(stages: _Stages, A: dict[Any, Tensor], D: dict[Any, Tensor], wanted: Wanted) -> Iterator[Pair]:
+def _pairs(
+    stages: _Stages, A: dict[Any, Tensor], D: dict[Any, Tensor], slopes: dict[Any, Tensor | None], wanted: Wanted
+) -> Iterator[Pair]:
     plan = stages.plan
     groups = [group for group in plan.groups if (group.key, group.key) in A]
     for i, s in enumerate(groups):
         for t in (t for t in groups[i:] if wanted(s, t)):
             both = A[s.key, t.key]
             one = both.new_ones(len(both), 1, 1)
-            d = D.get((t.key, s.key))
+            slope = slopes.get((t.key, s.key)) if s.positions == 1 else None
+            d = D.get((t.key, s.key)) if slope is None else None
             yield Pair(
                 s,
                 t,
@@ -451,6 +466,7 @@ def _pairs(stages: _Stages, A: dict[Any, Tensor], D: dict[Any, Tensor], wanted: 
                 stages.h[t.key] if plan.is_site(t) else one,
                 stages.g[t.key] if plan.is_site(t) else one,
                 None if d is None else d.permute(3, 0, 1, 2).unflatten(0, s.units.shape),
+                slope,
             )
 
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from functional_hess.chunking import MIB, WORKING_SET, fits, megabytes, room_for
-from functional_hess.contraction import blocks_of, diagonal_of, product_of, put_block
+from functional_hess.contraction import diagonal_of, product_of, put_pair
 from functional_hess.elimination import (
     chained,
     diagonal_by_stages,
@@ -240,10 +240,7 @@ def lifted_blocks(plan: Lift, pairs: Collection[tuple[int, ...]], out: Tensor | 
         matrix.zero_()
     for number, part in enumerate(plan.samples.split(count)):
         for pair in of_samples(plan, part, needed):
-            for a, b, values, again in blocks_of(pair):
-                if (a.leaf, b.leaf) in matrices:
-                    put_block(matrices[a.leaf, b.leaf], a, b, values, add=again or number > 0 or not once)
-                    unmet.discard((a.leaf, b.leaf))
+            unmet -= put_pair(matrices, pair, add=number > 0 or not once)
     for where in unmet:
         matrices[where].zero_()
     for p, q in pairs:

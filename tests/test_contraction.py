@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from functional_hess.chunking import room_for
-from functional_hess.contraction import ENOUGH, Pair, blocks_of, put_block
+from functional_hess.contraction import ENOUGH, Pair, product_of, put_pair
 from functional_hess.sites import Entry, Site
 
 STEPS = ("rows", "columns", "scattered")  # how a weight matrix (out, in) lies in its leaf
@@ -59,9 +60,9 @@ def result(pair: Pair, sizes: list[int], start: Tensor | None = None) -> Tensor:
     """Every entry written once, or added to ``start``."""
     n = sum(sizes)
     H = torch.full((n, n), torch.nan, dtype=torch.float64) if start is None else start.clone()
-    blocks = [rows.split(sizes, 1) for rows in H.split(sizes)]
-    for a, b, values, again in blocks_of(pair):
-        put_block(blocks[a.leaf][b.leaf], a, b, values, add=again or start is not None)
+    blocks = {(p, q): block for p, rows in enumerate(H.split(sizes)) for q, block in enumerate(rows.split(sizes, 1))}
+    met = put_pair(blocks, pair, add=start is not None)
+    assert met == {(p, q) for (p, q), block in blocks.items() if not block.isnan().all()} or start is not None
     return H
 
 
@@ -105,6 +106,27 @@ def test_two_sites_give_both_sums_and_their_mirror_image(positions, out, feature
         H = truth(pair, sizes)
         assert agree(result(pair, sizes, start) - start, H)
         assert agree(result(pair, sizes).nan_to_num(0), H)
+
+
+@pytest.mark.parametrize("lies", STEPS)
+@pytest.mark.parametrize(("out", "features"), [((3, 4), (5, 3)), ((2, 3), (4, 6)), ((4, 1), (1, 3))])
+def test_a_unit_that_moves_one_feature_alone_gives_what_all_slopes_give(out, features, lies, monkeypatch):
+    """The last bias takes the place of a weight too: four units, and three features beside it."""
+    whole = of_two(5, (1, 1), out, features, lies)
+    slope = random(5, out[0])
+    D = torch.zeros(1, out[0], 5, 1, features[1] + 1, dtype=torch.float64)
+    for i in range(out[0]):
+        D[0, i, :, 0, i] = slope[:, i]
+    dense, few = dataclasses.replace(whole, D=D), dataclasses.replace(whole, D=None, slope=slope)
+    sizes = [out[0] * features[0], out[0], out[1] * features[1], out[1]]
+    start = random(sum(sizes), sum(sizes))
+    for working_set in (2**26, 300):
+        monkeypatch.setattr("functional_hess.contraction.WORKING_SET", working_set)
+        assert agree(result(few, sizes, start) - start, truth(dense, sizes))
+        assert agree(result(few, sizes).nan_to_num(0), truth(dense, sizes))
+    v = [random(o, f + 1) for o, f in zip(out, features, strict=True)]
+    for mine, theirs in zip(product_of(few, *v), product_of(dense, *v), strict=True):
+        assert agree(mine, theirs)
 
 
 # Places ---------------------------------------------------------------------------------------------------------------

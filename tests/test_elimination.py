@@ -235,3 +235,23 @@ def test_the_first_result_is_held_to_products(monkeypatch):
     for _ in range(2):
         assert relative_error(space.ravel(fh.hessian_diagonal(risk)(net.p, net.X, net.y)), net.truth().diagonal()) < 1e-12
     assert calls == [N]
+
+
+def test_pairs_of_neighbors_take_one_slope_for_each_unit_where_no_other_moves_its_feature(monkeypatch):
+    """A sort leaves the units of some samples where they are: every sample is looked at."""
+    acts_by_unit = {"tanh": True, "relu": True, "layer_norm": False, "softmax": False, "sorted": False}
+    pairs, taken = elimination.pairs_by_stages, []
+
+    def watched(plan, samples, wanted):
+        for pair in pairs(plan, samples, wanted):
+            taken.append(pair.slope is not None)
+            yield pair
+
+    monkeypatch.setattr(lifting, "pairs_by_stages", watched)
+    for net in NETS:
+        taken.clear()
+        H = Space.of(net.p).matrix(fh.hessian(empirical_risk(net.loss))(net.p, net.X, net.y))
+        assert relative_error(H, net.truth()) < 1e-12
+        kind = net.name.removeprefix("deep, ")
+        if kind in acts_by_unit:
+            assert (any(taken), len(taken) > 0) == (acts_by_unit[kind], True)
