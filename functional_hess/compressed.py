@@ -44,7 +44,8 @@ class Compression:
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Colors of the columns, colors of the rows, places; on the CPU."""
         places = np.empty(0, dtype=np.int64) if self.places is None else self.places
-        return _tensor(self.coloring.columns, np.int32), _tensor(self.coloring.rows, np.int32), _tensor(places, np.int64)
+        short = np.int32 if places.max(initial=0) < 2**31 else np.int64
+        return _tensor(self.coloring.columns, np.int32), _tensor(self.coloring.rows, np.int32), _tensor(places, short)
 
     @functools.cached_property
     def _moved(self) -> dict[torch.device, tuple[Tensor, Tensor, Tensor]]:

@@ -235,7 +235,7 @@ class SparsePlan:
         if layout == torch.sparse_coo:
             both = torch.stack([rows, columns])
             return torch.sparse_coo_tensor(both, values, (m, n), is_coalesced=True, check_invariants=False)
-        return _csr(crow.clone(), columns.clone(), values, (m, n))
+        return _csr(_copied_late(crow), _copied_late(columns), values, (m, n))
 
     def _require_room_for_all(self, space: Space) -> None:
         cure = "Leave layout= out for a sparse tensor, or take plan.diagonal or plan.values."
@@ -585,9 +585,14 @@ class SparsePlan:
         """Row starts, columns and rows of the entries."""
         if device not in self._memo.indices:
             arrays = (self.pattern.indptr, self.pattern.indices, self.pattern.rows)
-            crow, columns, rows = (torch.from_numpy(np.array(a, dtype=np.int64)).to(device) for a in arrays)
-            self._memo.indices[device] = (crow, columns, rows)
+            crow, columns, rows = (torch.tensor(a, dtype=torch.int64, device=device) for a in arrays)
+            self._memo.indices[device] = (_copied_late(crow), _copied_late(columns), rows)
         return self._memo.indices[device]
+
+
+def _copied_late(t: Tensor) -> Tensor:
+    """The same numbers: they are copied when one of the two is written to, which hardly anyone ever does with indices."""
+    return torch._lazy_clone(t)
 
 
 def _csr(crow: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -29,6 +29,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from functional_hess.captures import held_by
 from functional_hess.levels import is_outermost, repaired
+from functional_hess.overwriting import overwrite
 from functional_hess.tree import signature, signature_differences, tensors_of
 
 __all__ = ["BACKENDS", "PrepareError", "Prepared", "prepare"]
@@ -139,7 +140,7 @@ def prepare(
         expected = transformed(*fill(tensors))
         traced = _traced(name, transformed, tensors, fill)
         graph = _simplified(name, traced.graph, tensors, own)
-        run = _compiled(graph.forward, tensors) if backend == "inductor" else graph.forward
+        run = _compiled(graph.forward, tensors) if backend == "inductor" else _overwriting(graph, tensors).forward
         _require_agreement(name, tensors_of(expected)[0], run(*tensors))
     return Prepared(
         name=name,
@@ -398,6 +399,13 @@ def _results(graph: fx.Graph) -> Sequence[fx.Node]:
 
 
 # ---------------------------------------------------------------------------------------------------- running
+
+
+def _overwriting(graph: fx.GraphModule, tensors: Sequence[Tensor]) -> fx.GraphModule:
+    overwrite(graph.graph, _Storages.of(graph, tensors).env)
+    graph.graph.lint()
+    graph.recompile()
+    return graph
 
 
 def _compiled(forward: Callable[..., Any], tensors: Sequence[Tensor]) -> Callable[..., Any]:

@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *(f"repaired_{kind}" for kind in ("losses", "places", "sampling", "singular")),
     ),
     tuple(f"repaired_{kind}" for kind in ("distances", "gathers", "matrices", "norms", "refusals", "sequences")),
-    ("repairs", "differences", "index_sets", "captures", "structure"),
+    ("repairs", "differences", "index_sets", "captures", "structure", "overwriting"),
     ("levels", "connections"),
     ("guards", "transcripts"),
     ("transforms", "impurity", "extrapolation"),
