@@ -56,9 +56,8 @@ class _Lives:
                 if fresh == (memory in self.last):  # of an argument or a constant; or shared, whatever the schema says
                     self.last[memory] = FOREVER
                 self.last.setdefault(memory, number)
-            used = FOREVER if node.op == "output" else number
             for memory in _memories([values.get(read) for read in node.all_input_nodes]):
-                self.last[memory] = max(self.last[memory], used)
+                self.last[memory] = max(self.last[memory], number)
 
     def memory(self, node: Any) -> Any:
         """Where the value of a node lies by now."""

@@ -66,6 +66,7 @@ ALIVE = {
     "expanded": lambda x: (x.sum() * 2).expand(4).exp(),
     "a matrix and its transpose": lambda x: (lambda y: y + y.T)(x.view(2, 2) * 2),
     "in place already": lambda x: (x * 2).sin_().add_(x).exp(),
+    "a padded tensor that is read twice": lambda x: (lambda y: (y + x * 2, y * 2))(aten.slice_backward(x[:2], [4], 0, 1, 3, 1)),
     "a scalar": lambda x: (x.sum() * 2 + 1).exp(),
     "two results of one": lambda x: (lambda y, z: (y.sin(), z.cos(), y))(*(x * 2).split(2)),
 }
