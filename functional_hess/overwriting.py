@@ -106,7 +106,7 @@ def _write_over(graph: fx.Graph, node: fx.Node, lives: _Lives, number: int) -> N
         return
     swapped = [node.args[1::-1]] if node.target in COMMUTATIVE and not node.kwargs else []
     for args in (node.args, *swapped):
-        over = args[0]
+        over: Any = args[0]
         others = [read for read in node.all_input_nodes if read is not over]
         if not lives.is_over(over, number, lives.values[node]) or lives.memory(over) in map(lives.memory, others):
             continue
@@ -146,8 +146,8 @@ def _add_to_slice(graph: fx.Graph, node: fx.Node, values: Values) -> None:
             total = graph.call_function(aten.clone.default, (y,))
             part = graph.call_function(aten.slice.Tensor, (total, *where))
             added = graph.call_function(aten.add_.Tensor, (part, g))
-        values[total] = like
-        values[part] = values[added] = aten.slice.Tensor(like, *where)
+        shown = aten.slice.Tensor(like, *where)
+        values |= {total: like, part: shown, added: shown}
         node.replace_all_uses_with(total)
         graph.erase_node(node)
         graph.erase_node(padded)

@@ -592,7 +592,7 @@ class SparsePlan:
 
 def _copied_late(t: Tensor) -> Tensor:
     """The same numbers: they are copied when one of the two is written to, which hardly anyone ever does with indices."""
-    return torch._lazy_clone(t)
+    return torch.ops.aten._lazy_clone.default(t)
 
 
 def _csr(crow: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
