@@ -28,6 +28,7 @@ from torch import Tensor
 from functional_hess.chunking import WORKING_SET
 from functional_hess.contraction import Pair
 from functional_hess.levels import flat_jvp, flat_value_and_grad, flat_vjp, flat_vmap
+from functional_hess.nesting import is_traced
 from functional_hess.risk import Part
 from functional_hess.seeding import DIRECTIONS, Lift, Wanted
 from functional_hess.sites import Entry, Key, Site
@@ -380,8 +381,11 @@ def pairs_by_stages(plan: Lift, samples: Part, wanted: Wanted) -> Iterator[Pair]
 
 
 def _unit_by_unit(D: Tensor) -> Tensor | None:
-    """The diagonal (n, v) of dh/deps (n, positions, f, v), if there is one position and no unit moves another feature."""
-    if D.shape[1] > 1 or D.shape[2] < D.shape[3]:
+    """The diagonal (n, v) of dh/deps (n, positions, f, v), if there is one position and no unit moves another feature.
+
+    A trace, which goes on to other numbers, does not look.
+    """
+    if is_traced() or D.shape[1] > 1 or D.shape[2] < D.shape[3]:
         return None
     rest = D[:, 0].clone()
     diagonal = rest.diagonal(0, 1, 2).clone()

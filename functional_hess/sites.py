@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 
 from functional_hess.affine import Product, recognized
 from functional_hess.levels import reached_variables
-from functional_hess.nesting import is_outermost, untraced
+from functional_hess.nesting import is_outermost, outside_transforms, untraced
 from functional_hess.tree import tensors_of
 
 __all__ = ["Discovery", "Entry", "Key", "Lifted", "Site", "SitesChanged", "find_sites"]
@@ -118,7 +118,7 @@ class Site:
     @functools.cached_property
     def order(self) -> Tensor | None:
         """Where each number of z, flattened, has its perturbation; ``None`` where they are in one order."""
-        with untraced():
+        with untraced(), outside_transforms():
             places = self.units.flatten()
             return None if places.equal(torch.arange(places.numel(), device=places.device)) else places.argsort()
 
