@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functional_hess.nesting import constant, derivative_levels
+from functional_hess.nesting import constant, derivative_levels, is_mapped, requires_grad_outside
 
 __all__ = ["MATRICES"]
 
@@ -64,11 +64,20 @@ def _old_lu_solve(b: Tensor, LU_data: Tensor, LU_pivots: Tensor) -> Any:
 
 
 def _solve(A: Tensor, B: Tensor, *, left: bool = True) -> Any:
-    """A^-1 B by P A = L U: reverse over forward mode, which third derivatives take, is wrong; so is `vmap`, as in `_lu_solve`."""
+    """A^-1 B by P A = L U: reverse over forward mode, which third derivatives take, is wrong; so is `vmap`, as in `_lu_solve`.
+
+    Of one gradient torch has it right, and several times cheaper, where nothing is mapped and each matrix has its own right side.
+    """
     if A.dim() < 2 or A.shape[-1] != A.shape[-2] or B.dim() == 0 or not (_is_inexact(A) and B.dtype == A.dtype):
         return NotImplemented
     is_vector = B.dim() == 1 or B.shape == A.shape[:-1]
     right_side = B.unsqueeze(-1) if is_vector else B
+    if (
+        derivative_levels() == ["reverse"]
+        and right_side.shape[:-2] == A.shape[:-2]
+        and not (is_mapped() or requires_grad_outside((A, B)))
+    ):
+        return NotImplemented
     if right_side.shape[-2 if left or is_vector else -1] != A.shape[-1] or (is_vector and not left):
         return NotImplemented
     try:

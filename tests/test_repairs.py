@@ -20,12 +20,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad, hessian, jvp, vjp, vmap
+from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 from torch.overrides import TorchFunctionMode
 
 import functional_hess as fh
 from functional_hess import repairs
-from functional_hess.repairs import FIRST_ORDER_REPAIRS, REPAIRS
+from functional_hess.repairs import FIRST_ORDER_REPAIRS, MAPPED_REPAIRS, REPAIRS
 
 pytestmark = [  # what some of the operators say of themselves
     pytest.mark.filterwarnings("ignore:index_reduce.. is in beta:UserWarning"),
@@ -134,6 +134,8 @@ FORWARD_RAISES = {"forward over reverse": "raises"}
 IN_PLACE = {"third": "raises"}
 NO_SECOND = {"forward over reverse": "raises", "reverse over reverse": "raises"}
 NO_BATCHING = {"gradient of vmap": "raises"}
+NO_FIRST = {**NO_SECOND, "gradient": "raises"}
+FACTORS = {"third": "wrong", "pullbacks of mapped points": "wrong"}
 (TARGET,) = tensors((4, 3), seed=5)
 SIGNS = TARGET.sign()
 LABELS = torch.tensor([0, 2, 1, 1])
@@ -271,14 +273,19 @@ CASES = [
         ((4, 2, 2), (2, 2, 2), (2,)),
         FORWARD_RAISES,
     ),
-    Case("hfft", lambda x, y: torch.fft.hfft(torch.complex(x, y), norm="ortho"), ((2, 3), (2, 3)), {"vmapped rows": "raises"}),
+    Case(
+        "hfft",
+        lambda x, y: torch.fft.hfft(torch.complex(x, y), norm="ortho"),
+        ((2, 3), (2, 3)),
+        {"pullbacks of mapped points": "raises"},
+    ),
     Case(
         "ctc_loss",
         lambda x: F.ctc_loss(x.log_softmax(2), torch.tensor([[1, 1], [2, 0]]), [4, 3], [2, 1], reduction="none"),
         ((4, 2, 3),),
         NO_SECOND,
     ),
-    Case("pack_padded_sequence", lambda x: nn.utils.rnn.pack_padded_sequence(x, [3, 1]).data, ((3, 2, 2),), NO_SECOND),
+    Case("pack_padded_sequence", lambda x: nn.utils.rnn.pack_padded_sequence(x, [3, 1]).data, ((3, 2, 2),), NO_FIRST),
     Case(
         "weight_norm",
         lambda v, g: torch._weight_norm(v, g, 0),
@@ -320,26 +327,26 @@ CASES = [
         ((3, 2), (3, 3)),
         {"forward over reverse": "wrong"},
     ),
-    Case("solve", lambda x, b: torch.linalg.solve(x + 2 * EYE.to(x), b), ((3, 3), (3, 2)), {"third": "wrong"}),
+    Case("solve", lambda x, b: torch.linalg.solve(x + 2 * EYE.to(x), b), ((3, 3), (3, 2)), FACTORS),
     Case(
         "solve from the right",
         lambda x, b: torch.linalg.solve(x + 2 * EYE.to(x), b, left=False),
         ((3, 3), (2, 3)),
-        {"third": "wrong"},
+        FACTORS,
     ),
-    Case("solve of a vector", lambda x, b: torch.linalg.solve(x + 2 * EYE.to(x), b), ((3, 3), (3,)), {"third": "wrong"}),
+    Case("solve of a vector", lambda x, b: torch.linalg.solve(x + 2 * EYE.to(x), b), ((3, 3), (3,)), FACTORS),
     Case(
         "solve of complex numbers",
         lambda x, b: torch.view_as_real(torch.linalg.solve(torch.complex(x, x.mT) + 2 * EYE.to(x), torch.complex(b, b**2))),
         ((3, 3), (3, 1)),
-        {"third": "wrong"},
+        FACTORS,
     ),
-    Case("solve_ex", lambda x, b: torch.linalg.solve_ex(x + 2 * EYE.to(x), b)[0], ((3, 3), (3, 2)), {"third": "wrong"}),
+    Case("solve_ex", lambda x, b: torch.linalg.solve_ex(x + 2 * EYE.to(x), b)[0], ((3, 3), (3, 2)), FACTORS),
     Case(
         "tensorsolve",
         lambda x, b: torch.linalg.tensorsolve((x + FOUR.to(x)).reshape(2, 2, 4), b),
         ((4, 4), (2, 2)),
-        {"third": "wrong"},
+        FACTORS,
     ),
     *(
         Case(
@@ -348,7 +355,7 @@ CASES = [
                 *torch.linalg.lu_factor(x + 2 * EYE.to(x)), b, **o
             ),
             ((3, 3), (3, 2) if left else (2, 3)),
-            {"mapped rows": "wrong"},
+            {"mapped rows": "wrong", "pullbacks of mapped points": "wrong"},
         )
         for left in (True, False)
         for adjoint in (True, False)
@@ -357,22 +364,22 @@ CASES = [
         "lu_solve by its old name",
         lambda x, b: b.lu_solve(*torch.linalg.lu_factor(x + 2 * EYE.to(x))),
         ((3, 3), (3, 1)),
-        {"mapped rows": "wrong"},
+        {"mapped rows": "wrong", "pullbacks of mapped points": "wrong"},
     ),
-    Case("det", lambda x: torch.linalg.det(0.3 * x + EYE.to(x)), ((3, 3),), {"third": "wrong"}),
-    Case("det of one and of two rows", lambda x, y: (torch.det(x), y.det()), ((1, 1), (2, 2)), {"third": "wrong"}),
-    Case("det of four rows", lambda x: torch.det((x + FOUR.to(x)) / 3), ((4, 4),), {"third": "wrong"}),
+    Case("det", lambda x: torch.linalg.det(0.3 * x + EYE.to(x)), ((3, 3),), FACTORS),
+    Case("det of one and of two rows", lambda x, y: (torch.det(x), y.det()), ((1, 1), (2, 2)), FACTORS),
+    Case("det of four rows", lambda x: torch.det((x + FOUR.to(x)) / 3), ((4, 4),), FACTORS),
     Case(
         "det of complex numbers",
         lambda x: torch.view_as_real(torch.linalg.det(torch.complex(x, x.mT) / 3 + FOUR.to(x) / 3)),
         ((4, 4),),
-        {"third": "wrong"},
+        FACTORS,
     ),
     Case(
         "slogdet of complex numbers",
         lambda x: [torch.view_as_real(t + 0j) for t in torch.linalg.slogdet(torch.complex(x, x.mT) + 2 * EYE.to(x))],
         ((3, 3),),
-        {"third": "wrong"},
+        FACTORS,
     ),
     Case("householder_product", torch.linalg.householder_product, ((4, 2), (2,)), {"third": "wrong"}),
     Case("orgqr", torch.orgqr, ((3, 3), (2,)), {"third": "wrong"}),
@@ -399,9 +406,9 @@ CASES = [
         {"mapped rows": "wrong", "third": "wrong"},
     ),
     Case("chain_matmul", lambda x, y, z: torch.chain_matmul(x, y, z), ((2, 3), (3, 2), (2, 1)), NO_BATCHING),
-    Case("slogdet by its old name", lambda x: torch.slogdet(x + 2 * EYE.to(x)), ((3, 3),), {"third": "wrong"}),
-    Case("slogdet", lambda x: torch.linalg.slogdet(x + 2 * EYE.to(x)), ((3, 3),), {"third": "wrong"}),
-    Case("logdet", lambda x: torch.logdet(x + 2 * EYE.to(x)), ((3, 3),), {"third": "wrong"}),
+    Case("slogdet by its old name", lambda x: torch.slogdet(x + 2 * EYE.to(x)), ((3, 3),), FACTORS),
+    Case("slogdet", lambda x: torch.linalg.slogdet(x + 2 * EYE.to(x)), ((3, 3),), FACTORS),
+    Case("logdet", lambda x: torch.logdet(x + 2 * EYE.to(x)), ((3, 3),), FACTORS),
     Case("cdist", torch.cdist, ((3, 2), (2, 2)), NO_SECOND),
     Case(
         "cdist by products",
@@ -548,12 +555,12 @@ CASES = [
     Case("max_unpool1d", lambda x: F.max_unpool1d(x, torch.tensor([[[3, 1]], [[0, 2]]]), 2), ((2, 1, 2),)),
     Case("max_unpool2d", lambda x: F.max_unpool2d(x, torch.tensor([[[[0, 7], [2, 5]]]]), (2, 2)), ((1, 1, 2, 2),)),
     Case("max_unpool3d", lambda x: F.max_unpool3d(x, torch.tensor([[[[3]]]]), 2), ((1, 1, 1, 1),)),
-    Case("tensor_split", lambda x: torch.tensor_split(x, torch.tensor([1, 2])), ((3, 2),), NO_SECOND),
+    Case("tensor_split", lambda x: torch.tensor_split(x, torch.tensor([1, 2])), ((3, 2),), NO_FIRST),
     Case(
         "pad_packed_sequence",
         lambda x: nn.utils.rnn.pad_packed_sequence(nn.utils.rnn.PackedSequence(x, torch.tensor([2, 2, 1])), True, 0.3, 4),
         ((5, 2),),
-        NO_SECOND,
+        NO_FIRST,
     ),
     Case("rrelu", lambda x: F.rrelu(x), ((2, 3),), {"vmapped rows": "raises"}),
     Case("rrelu in place", lambda x: F.rrelu(1.0 * x, inplace=True), ((2, 3),), {"vmapped rows": "raises"}),
@@ -625,13 +632,23 @@ def third_by_reverse(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return grad(lambda y: (vjp(grad(f), y)[1](x.cos())[0] * x.sin()).sum())(x)
 
 
+@torch.no_grad()
+def pullbacks_of_mapped_points(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Of several cotangents at each of several points; without a graph torch reuses a factorization, with one it does not."""
+    cotangents = torch.linspace(0.5, 2.0, 3, dtype=x.dtype)
+    return vmap(lambda y: vmap(vjp(f, y)[1])(cotangents)[0])(two_points(x))
+
+
 # What else torch alone is asked for; its truth is what the repair says, which the tests of all repairs confirm.
 OTHERS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
     "third": third_by,
     "third by reverse mode": third_by_reverse,
     "gradient of vmap": lambda f, x: grad(lambda z: vmap(f)(z).sum())(two_points(x)),
     "mapped rows": mapped_rows,
+    "gradient": lambda f, x: grad(f)(x),
+    "pullbacks of mapped points": pullbacks_of_mapped_points,
 }
+AT_ONE_LEVEL = ("gradient", "gradient of vmap", "pullbacks of mapped points")
 # ------------------------------------------------------------------------------------------------- values, derivatives
 
 
@@ -701,12 +718,12 @@ def test_torch_alone_still_has_it_wrong_or_raises(case: Case, mode: str) -> None
     assert not relative_error(derivative(case.loss, x), truth) < 1e-5
 
 
-ELSEWHERE: set[str] = set()  # operators whose canary is a test of its own
+ELSEWHERE: dict[str, bool] = {}  # operators whose canary is a test of its own, and whether it is of one gradient
 
 
-def canary(*names: str) -> Callable[[Any], Any]:
+def canary(*names: str, at_one_level: bool = False) -> Callable[[Any], Any]:
     """The test fails when torch mends the operators of these names."""
-    ELSEWHERE.update(names)
+    ELSEWHERE.update(dict.fromkeys(names, at_one_level))
     return lambda test: test
 
 
@@ -726,19 +743,28 @@ def name_of(op: Any) -> str:
     return op.__name__.split(".")[0]
 
 
-def test_every_operator_of_the_table_has_a_canary(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def canaries(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
+    """The modes in which an operator is known to be wrong or to raise, by its name."""
     consulted = Consulted(REPAIRS)
-    consulted.names = set()
     monkeypatch.setattr(repairs, "_repairs", consulted)  # the kernels inside torch's fronts are looked up there
+    found: dict[str, set[str]] = {name: {"gradient" if one else "other"} for name, one in ELSEWHERE.items()}
     for case in filter(lambda case: case.alone, CASES):
+        consulted.names = set()
         with Swapped(consulted):
             case.op(*tensors(*case.shapes))
-    table = {name_of(op) for op in REPAIRS}
-    assert table - consulted.names - ELSEWHERE == set(), "these have no canary"
-    assert table >= ELSEWHERE
+        for name in consulted.names:
+            found.setdefault(name, set()).update(case.alone)
+    return found
 
 
-@canary("cholesky_inverse", "cholesky_solve")
+def test_every_operator_of_the_table_has_a_canary_and_of_one_gradient_where_it_is_repaired_for_that(canaries: Any) -> None:
+    table, first = ({name_of(op) for op in part} for part in (REPAIRS, FIRST_ORDER_REPAIRS | MAPPED_REPAIRS))
+    assert canaries.keys() == table
+    assert {name for name in first if not canaries[name].intersection(AT_ONE_LEVEL)} == set()
+
+
+@canary("cholesky_inverse", "cholesky_solve", at_one_level=True)
 @pytest.mark.parametrize("upper", [True, False])
 def test_torch_alone_counts_the_triangle_that_cholesky_kernels_do_not_read_and_the_repair_does_not(upper: bool) -> None:
     (b,) = tensors((2, 3, 2), seed=3)
@@ -787,6 +813,50 @@ def test_torch_alone_has_mapped_jacobians_of_linear_algebra_wrong_and_the_repair
     truth = torch.stack([torch.stack([vjp(grad(repaired(f)), a)[1](e)[0] for e in basis]) for a in x])
     assert not relative_error(mapped(f), truth) < 1e-3
     assert relative_error(mapped(repaired(f)), truth) < 1e-10
+
+
+@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize(
+    ("of_matrices", "of_right_sides"),
+    [
+        ((2, 3, 3), (2, 3, 2)),
+        ((3, 3), (5, 3, 2)),
+        ((2, 1, 3, 3), (5, 3, 2)),
+        ((2, 3, 3), (3, 1)),
+        ((2, 3, 3), (2, 3)),
+        ((3, 3), (3,)),
+    ],
+    ids=str,
+)
+def test_jacobians_of_solves_are_right_however_they_are_batched_and_mapped(
+    of_matrices: tuple[int, ...], of_right_sides: tuple[int, ...], graph: bool
+) -> None:
+    A, B = tensors(of_matrices, of_right_sides)
+    A = A / 2 + EYE
+
+    def f(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.linalg.solve(A, B), torch.linalg.solve_ex(A, B)[0]
+
+    def pushed(A: Tensor) -> Any:  # a pullback, transposed
+        _, push = fh.linearize(lambda A: f(A, B)[0], A)
+        return fh.vmap(push)(torch.eye(A.numel(), dtype=A.dtype).view(-1, *A.shape))
+
+    with torch.set_grad_enabled(graph):
+        for at in (0, 1):
+            by_rows, by_columns = fh.jacrev(f, at)(A, B), fh.jacfwd(f, at)(A, B)
+            torch.testing.assert_close(by_rows, by_columns, rtol=1e-10, atol=1e-12)
+            each = fh.vmap(lambda A, B, at=at: fh.jacrev(f, at)(A, B))(torch.stack([A, A.mT]), torch.stack([B, B.cos()]))
+            torch.testing.assert_close(each[0][0], by_columns[0], rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(each[1][1], fh.jacfwd(f, at)(A.mT, B.cos())[1], rtol=1e-10, atol=1e-12)
+        columns = fh.jacfwd(f)(A, B)[0].flatten(-A.dim()).movedim(-1, 0)
+        torch.testing.assert_close(pushed(A), columns, rtol=1e-10, atol=1e-12)
+
+
+def test_torch_alone_raises_where_several_right_sides_are_solved_with_one_matrix_and_the_repair_does_not() -> None:
+    A, B = tensors((3, 3), (5, 3, 2))
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        jacrev(torch.linalg.solve, 1)(A, B)
+    assert jacrev(repaired(torch.linalg.solve), 1)(A, B).shape == (5, 3, 2, 5, 3, 2)
 
 
 def leibniz(A: Tensor) -> Tensor:
@@ -842,7 +912,7 @@ def test_torch_alone_has_the_gradient_of_a_vmapped_select_scatter_wrong_and_the_
     assert torch.select_scatter in FIRST_ORDER_REPAIRS and REPAIRS.keys() >= FIRST_ORDER_REPAIRS
 
 
-@canary("as_strided_scatter")
+@canary("as_strided_scatter", at_one_level=True)
 def test_torch_alone_has_the_gradient_of_as_strided_scatter_wrong_and_the_repair_right() -> None:
     def f(x: Tensor, s: Tensor) -> Tensor:
         return torch.sin(torch.as_strided_scatter(x, s, (2,), (2,), 1)).sum()
@@ -862,7 +932,7 @@ def test_torch_alone_has_the_gradient_of_as_strided_scatter_wrong_and_the_repair
 TWICE = torch.tensor([[[0, 3], [3, 5]]])
 
 
-@canary("max_unpool1d", "max_unpool2d", "max_unpool3d")
+@canary("max_unpool1d", "max_unpool2d", "max_unpool3d", at_one_level=True)
 @pytest.mark.parametrize(
     ("unpool", "places"),
     [(F.max_unpool1d, TWICE.view(1, 1, 4)), (F.max_unpool2d, TWICE.unsqueeze(0)), (F.max_unpool3d, TWICE[None, None])],
@@ -1420,7 +1490,7 @@ def test_gathering_and_scattering_have_torchs_arguments_and_errors() -> None:
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 
-@canary("normal")
+@canary("normal", at_one_level=True)
 def test_torch_alone_has_the_derivative_of_a_sample_zero_without_a_word() -> None:
     """By its mean, of which the derivative is 1."""
 
