@@ -43,7 +43,7 @@ from functional_hess.independence import common_positions, independent_parts
 from functional_hess.levels import flat_jvp, flat_value_and_grad, repaired
 from functional_hess.nesting import is_traced, untraced
 from functional_hess.products import FORWARD_OVER_REVERSE, REVERSE_OVER_REVERSE, product_at
-from functional_hess.risk import EmpiricalRisk, Part, bytes_of_a_sample, samples_of
+from functional_hess.risk import EmpiricalRisk, Part, bytes_of_a_sample, loaded_samples, samples_of
 from functional_hess.rows import Problem, rows_only
 from functional_hess.seeding import Lift, samples_at_once, swept
 from functional_hess.sites import Discovery, Entry, Site, SitesChanged, find_sites
@@ -80,9 +80,13 @@ def lift(problem: Problem, args: Sequence[Any], argnums: Any, output: int, *, di
         return "" if why_not or rows < WORTH_A_PROOF or not problem.is_scalar else _of_plain(problem, args, output, diagonal)
     if argnums not in (0, (0,)):
         return "other arguments than the parameters are differentiated"
-    if not why_not and not tensors_of(tuple(args[1:]))[0]:
-        why_not = "the samples come from a loader"
-    return why_not or _of_risk(problem, samples_of(tuple(args[1:])), isinstance(argnums, tuple), output, diagonal)
+    if why_not:
+        return why_not
+    batch = tuple(args[1:])
+    samples = samples_of(batch) if tensors_of(batch)[0] else loaded_samples(batch)
+    if samples is None:
+        return "the batches of the loader are of several kinds"
+    return _of_risk(problem, samples, isinstance(argnums, tuple), output, diagonal)
 
 
 def _of_plain(problem: Problem, args: Sequence[Any], output: int, diagonal: bool) -> Lift | str:

@@ -6,7 +6,7 @@
 wherever a function may. What this floor adds is what a sum over samples allows: samples are evaluated in microbatches, and where
 a derivative is taken each microbatch is computed again when it is needed instead of kept. So the memory of a gradient, a
 product, rows or a diagonal is that of one microbatch, at every order and under every transform. Batches may also come from a
-``DataLoader``; then no more than one of them is held.
+``DataLoader``; then no more is held than one of them, or the samples that are evaluated at once.
 
 Floors above use more of it: that no sample reads another one lets all samples share their directions
 (:mod:`functional_hess.lifting`).
@@ -32,13 +32,14 @@ from functional_hess.levels import constant_where_unused, flat_remat, flat_vmap
 from functional_hess.nesting import at_depth, depth, is_outermost, is_watched, outside_transforms, unwatched
 from functional_hess.tree import broadcast_prefix, paths, tensors_of, written
 
-__all__ = ["EmpiricalRisk", "Part", "bytes_of_a_sample", "empirical_risk", "samples_of"]
+__all__ = ["EmpiricalRisk", "Part", "bytes_of_a_sample", "empirical_risk", "loaded_samples", "samples_of"]
 
 Tree = Any
 Tensors = tuple[Tensor, ...]
 MICROBATCH = 2 * MIB  # bytes of intermediate results: enough for full speed, and dozens of directions of it fit a working set
 KEPT = 8 * MIB  # bytes up to which all samples are evaluated at once: nothing is computed again, and several directions fit
 REDUCTIONS = ("mean", "sum")
+FEW = 32  # samples of a loader that are kept to look at
 _per_sample: weakref.WeakKeyDictionary[Any, dict[Any, int]] = weakref.WeakKeyDictionary()
 _loaders: weakref.WeakKeyDictionary[Any, _Facts] = weakref.WeakKeyDictionary()
 
@@ -255,15 +256,8 @@ def _over_loader(risk: EmpiricalRisk, rebuild: Rebuild, x: Tensors, loader: Iter
     size = min(_microbatch(risk, rebuild, x, part, facts.count) for part in facts.kinds)
 
     def parts() -> Iterator[Part]:
-        count = 0
-        for batch in _read(loader):
-            count += len(batch)
+        for batch in _read_again(loader, facts.count, [part.kind for part in facts.kinds]):
             yield from batch.split(size)
-        if count != facts.count:
-            raise ValueError(
-                f"empirical_risk: {_called(loader)} gave {count} samples, and {facts.count} when it was first read. Leave it as "
-                "it is, and make another object for other data."
-            )
 
     closed = _closed(terms, x, [part.first() for part in facts.kinds]) if _anything_watched() else None
     total = _plain_sum(terms, parts(), x) if closed is None else flat_remat(closed.terms, parts)(*closed.x)[0]
@@ -381,7 +375,7 @@ class _Exchanged(TorchFunctionMode):
 
 @dataclasses.dataclass(frozen=True)
 class _Facts:
-    """What the first passes through a loader showed: its number of samples, and a part of each kind."""
+    """What the first passes through a loader showed: its number of samples, and a few of each kind."""
 
     count: int
     kinds: tuple[Part, ...]
@@ -425,6 +419,57 @@ def _read(loader: Iterable[Any]) -> Iterator[Part]:
 _END = object()
 
 
+def _read_again(loader: Iterable[Any], count: int, kinds: Sequence[Any]) -> Iterator[Part]:
+    """The batches of one pass, which must be of the kinds and have as many samples as when the loader was first read."""
+    found = 0
+    for batch in _read(loader):
+        if batch.kind not in kinds:
+            raise ValueError(
+                f"empirical_risk: {_called(loader)} gave a batch of another kind than when it was first read (shapes, dtypes, or "
+                "what is no tensor). Leave it as it is, and make another object for other data."
+            )
+        found += len(batch)
+        yield batch
+    if found != count:
+        raise ValueError(
+            f"empirical_risk: {_called(loader)} gave {found} samples, and {count} when it was first read. Leave it as "
+            "it is, and make another object for other data."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded(Part):
+    """The samples of a loader that are all of one kind, read whenever they are split; ``tensors`` are the first few of them."""
+
+    loader: Any = None
+    count: int = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def split(self, size: int) -> Iterator[Part]:
+        """All samples, ``size`` at a time, whatever the length of the batches; so many are held, or a batch."""
+        waiting: list[Part] = []
+        for batch in _read_again(self.loader, self.count, [self.kind]):
+            joined = (torch.cat(pair).detach() for pair in zip(*(part.tensors for part in (*waiting, batch)), strict=True))
+            *full, last = self.holding(tuple(joined)).split(size)
+            yield from full
+            waiting = [last]
+        yield from waiting
+
+    def holding(self, tensors: Tensors) -> Part:
+        """Other samples of the same kind."""
+        return Part(tensors, self.rebuild, self.kind)
+
+
+def loaded_samples(batch: tuple[Any, ...]) -> Loaded | None:
+    """The samples of the loader that ``batch`` is; ``None`` where they are of several kinds."""
+    (loader,) = batch
+    facts = _facts_of(loader)
+    few = facts.kinds[0]
+    return None if len(facts.kinds) > 1 else Loaded(few.tensors, few.rebuild, few.kind, loader, facts.count)
+
+
 def _facts_of(loader: Iterable[Any]) -> _Facts:
     """Read the loader twice, the first time it is met, and compare."""
     try:
@@ -446,7 +491,8 @@ def _compared(loader: Iterable[Any]) -> _Facts:
     with outside_transforms():
         first = []
         for part in _read(loader):
-            kinds.setdefault(part.kind, part.first())
+            if part.kind not in kinds:
+                kinds[part.kind] = part.holding(tuple(t[:FEW].detach().clone() for t in part.tensors))
             first.append(_digest(part))
         second = [_digest(part) for part in _read(loader)]
     if not first:

@@ -1381,6 +1381,13 @@ ROWS: dict[str, list[Row]] = {
             "object for other data.",
             lambda _: fh.empirical_risk(squares)(W, Batches([1.0], [1.0], [1.0, 1.0])),
         ),
+        Row(
+            "Batches",
+            ValueError,
+            "empirical_risk: the Batches gave a batch of another kind than when it was first read (shapes, dtypes, or what is no "
+            "tensor). Leave it as it is, and make another object for other data.",
+            lambda _: fh.empirical_risk(squares)(W, Batches([1.0], [1.0], [1])),
+        ),
     ],
     "coloring": [
         Row(

@@ -17,6 +17,7 @@ from oracles import matrix, relative_error
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, TensorDataset
 
 import functional_hess as fh
 from functional_hess import Space, contraction, elimination, empirical_risk, explain, lifting, second_order, seeding, sites
@@ -271,6 +272,55 @@ def test_a_tuple_of_argnums_is_lifted():
     assert relative_error(Space.of((net.p,)).matrix(H), net.truth()) < 1e-12
 
 
+# Loaders ---------------------------------------------------------------------------------------------------------------
+
+
+class Passes(list):
+    """Batches, and how many times they were read."""
+
+    count = 0
+
+    def __iter__(self):
+        self.count += 1
+        return super().__iter__()
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7])
+@pytest.mark.parametrize("name", ["x @ W", "shared and transposed", "embedding", "convolution", "used in two ways"])
+def test_batches_of_any_length_are_lifted_together(name, length, monkeypatch):
+    net = next(n for n in ARCHITECTURES if n.name == name)
+    space, H = Space.of(net.p), net.truth()
+    for working_set in (2**26, 20_000):
+        for module in (lifting, seeding, contraction, elimination):
+            monkeypatch.setattr(module, "WORKING_SET", working_set)
+        loader = DataLoader(TensorDataset(net.X, net.y), batch_size=length)
+        mean, total = empirical_risk(net.loss), empirical_risk(net.loss, reduction="sum")
+        told = explain(fh.hessian(mean), net.p, loader)
+        assert (told.route, told.rows) == ("lifted", net.directions)
+        assert relative_error(space.matrix(fh.hessian(mean)(net.p, loader)), H) < 1e-12
+        assert relative_error(space.matrix(fh.hessian(total)(net.p, loader)), N * H) < 1e-12
+        assert relative_error(space.ravel(fh.hessian_diagonal(mean)(net.p, loader)), H.diagonal()) < 1e-12
+
+
+def test_a_loader_is_read_twice_a_call():
+    """For the value, which is looked at first, and for the Hessian."""
+    net = ARCHITECTURES[0]
+    batches, risk = Passes(zip(net.X.split(2), net.y.split(2), strict=True)), empirical_risk(net.loss)
+    fh.hessian(risk)(net.p, batches)
+    batches.count = 0
+    fh.hessian(risk)(net.p, batches)
+    assert batches.count == 2
+
+
+def test_samples_of_a_loader_are_constants():
+    net = ARCHITECTURES[0]
+    batches = Passes([(net.X.clone().requires_grad_(), net.y)])
+    H = Space.of(net.p).matrix(fh.hessian(empirical_risk(net.loss))(net.p, batches))
+    assert relative_error(H, net.truth()) < 1e-12 and not H.requires_grad
+
+
 # Prepared --------------------------------------------------------------------------------------------------------------
 
 
@@ -479,8 +529,8 @@ def test_a_loss_with_transforms_inside_goes_by_rows():
         (lambda r, n: explain(fh.hessian(r), _watched(n.p), n.X, n.y), "an argument requires grad"),
         (lambda r, n: explain(fh.hessian(r), {**n.p, "b": n.p["b"].float()}, n.X, n.y), "the leaves differ in dtype or device"),
         (
-            lambda r, n: explain(fh.hessian(r), n.p, torch.utils.data.DataLoader([(n.X, n.y)], None)),
-            "the samples come from a loader",
+            lambda r, n: explain(fh.hessian(r), n.p, DataLoader([(n.X, n.y), (n.X, n.y.int())], None)),
+            "the batches of the loader are of several kinds",
         ),
     ],
 )
