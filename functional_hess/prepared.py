@@ -37,6 +37,7 @@ __all__ = ["BACKENDS", "PrepareError", "Prepared", "prepare"]
 BACKENDS = ("graph", "inductor")
 TRIFLE = 16 * 2**20  # bytes of all results together that are held while a graph is looked at
 KEPT = 64 * 2**20  # bytes of results that depend on no argument, kept from call to call
+KEPT_AS = "_kept"  # the start of their names
 AGREEMENT = 1024  # times eps, relative to the largest entry
 
 
@@ -140,7 +141,7 @@ def prepare(
         expected = transformed(*fill(tensors))
         traced = _traced(name, transformed, tensors, fill)
         graph = _simplified(name, traced.graph, tensors, own)
-        run = _compiled(graph.forward, tensors) if backend == "inductor" else _overwriting(graph, tensors).forward
+        run = _compiled(graph, tensors) if backend == "inductor" else _overwriting(graph, tensors).forward
         _require_agreement(name, tensors_of(expected)[0], run(*tensors))
     return Prepared(
         name=name,
@@ -389,9 +390,9 @@ def _keep_constants(graph: fx.GraphModule, known: set[fx.Node], run: _Storages) 
             room -= value.numel() * value.element_size()
             values[node] = run.real(node).contiguous()
     for number, (node, value) in enumerate(values.items()):
-        graph.register_buffer(f"_kept{number}", value, persistent=False)
+        graph.register_buffer(f"{KEPT_AS}{number}", value, persistent=False)
         with graph.graph.inserting_before(node):
-            node.replace_all_uses_with(graph.graph.get_attr(f"_kept{number}"))
+            node.replace_all_uses_with(graph.graph.get_attr(f"{KEPT_AS}{number}"))
 
 
 def _results(graph: fx.Graph) -> Sequence[fx.Node]:
@@ -408,12 +409,26 @@ def _overwriting(graph: fx.GraphModule, tensors: Sequence[Tensor]) -> fx.GraphMo
     return graph
 
 
-def _compiled(forward: Callable[..., Any], tensors: Sequence[Tensor]) -> Callable[..., Any]:
-    run = torch.compile(forward, backend="inductor", fullgraph=True, dynamic=False)
+def _compiled(graph: fx.GraphModule, tensors: Sequence[Tensor]) -> Callable[..., Any]:
+    _write_out_equal_numbers(graph)
+    run = torch.compile(graph.forward, backend="inductor", fullgraph=True, dynamic=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler's own: they concern no user
         run(*tensors)
     return run
+
+
+def _write_out_equal_numbers(graph: fx.GraphModule) -> None:
+    """A kept tensor of equal numbers is one number for the compiler, which need not be read."""
+    for node in graph.graph.find_nodes(op="get_attr"):
+        kept = getattr(graph, str(node.target))
+        if not str(node.target).startswith(KEPT_AS) or not kept.numel() or not bool((kept == kept.flatten()[0]).all()):
+            continue
+        number, like = kept.flatten()[0].item(), {"dtype": kept.dtype, "device": kept.device}
+        with graph.graph.inserting_before(node):
+            node.replace_all_uses_with(graph.graph.call_function(torch.ops.aten.full.default, (list(kept.shape), number), like))
+        graph.graph.erase_node(node)
+    graph.recompile()
 
 
 def _require_agreement(name: str, expected: Sequence[Tensor], got: Sequence[Tensor]) -> None:

@@ -260,6 +260,19 @@ def test_inputs_are_bitwise_unchanged():
     assert torch.equal(x, before) and not x.requires_grad
 
 
+def test_kept_numbers_that_are_equal_are_one_number_for_the_compiler(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: compiled.append(forward.__self__) or forward)
+    x = torch.linspace(0, 1, 4, dtype=torch.float64)
+
+    def f(x):
+        return (3 * torch.ones_like(x)) * x * torch.arange(4, dtype=x.dtype)
+
+    assert torch.equal(prepare(f, x, backend="inductor")(2 * x), f(2 * x))
+    kept = [getattr(compiled[0], node.target) for node in compiled[0].graph.find_nodes(op="get_attr")]
+    assert [t.tolist() for t in kept] == [[0, 1, 2, 3]]
+
+
 def test_the_inductor_backend_computes_the_same():
     prepared = prepare(vmap(hessian(energy)), points(7, 5), backend="inductor")
     x = points(7, 5, seed=4)
