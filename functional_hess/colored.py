@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from functional_hess.chunking import MIB, WORKING_SET, fits, room_for
-from functional_hess.coloring import SparsityPattern, distance_1_coloring, recovery, recovery_of_diagonal, star_coloring
+from functional_hess.coloring import distance_1_coloring, recovery, recovery_of_diagonal, star_coloring
 from functional_hess.compressed import Compression, chunk_of_colors, joined, summed_units
 from functional_hess.guards import missing_rule
 from functional_hess.levels import repaired
+from functional_hess.patterns import SparsityPattern
 from functional_hess.products import REVERSE_OVER_REVERSE, Product, product_at, rows_of
 from functional_hess.rows import Problem, rows_only
 from functional_hess.sparsity import PROOF, detect_reached

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from functional_hess.chunking import Estimate, chunk_for, closed_bound
-from functional_hess.coloring import Coloring, SparsityPattern
+from functional_hess.coloring import Coloring
 from functional_hess.guards import missing_rule
 from functional_hess.levels import flat_jvp, flat_vjp, flat_vmap
+from functional_hess.patterns import SparsityPattern
 from functional_hess.rows import Group, Problem, refined
 from functional_hess.tree import Space, flat
 

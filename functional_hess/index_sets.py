@@ -18,7 +18,7 @@ import dataclasses
 
 import numpy as np
 
-from functional_hess.coloring import SparsityPattern
+from functional_hess.patterns import SparsityPattern
 
 __all__ = ["IndexSets", "TooManyError"]
 

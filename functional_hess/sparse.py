@@ -22,11 +22,12 @@ from functional_hess.chunking import require_room
 from functional_hess.coloring import Coloring
 from functional_hess.levels import flat_vjp, require_dependence
 from functional_hess.nesting import is_outermost
-from functional_hess.plans import DETECTED, GIVEN, HESSIAN, JACOBIAN, LOADED, WHOLE, Memo, SparsePlan, Task, leaves_of
+from functional_hess.plans import DETECTED, GIVEN, LOADED, WHOLE, Memo, SparsePlan, leaves_of
 from functional_hess.prepared import BACKENDS
 from functional_hess.rows import Options, Problem
 from functional_hess.sparsity import PROOF, Detection, SparsityError, detect_hessian, detect_jacobian
 from functional_hess.structure import given_coloring, given_pattern, read_structure
+from functional_hess.tasks import HESSIAN, JACOBIAN, Task
 from functional_hess.transforms import Output, require_argnums
 from functional_hess.tree import tensors_of
 from functional_hess.verification import unchecked
@@ -61,7 +62,7 @@ def sparse_hessian(
             certifies its result); everything that is no tensor is fixed.
         pattern: where H may differ from zero, if that is known: a scipy matrix, a tensor or an array (its nonzeros),
             ``"diagonal"``, ``"tridiagonal"``, ``banded(r)``, ``blocks(sizes)`` or a
-            :class:`~functional_hess.coloring.SparsityPattern`, symmetric, in the coordinates of ``Space``. By default detected.
+            :class:`~functional_hess.patterns.SparsityPattern`, symmetric, in the coordinates of ``Space``. By default detected.
         coloring: a star coloring of your own.
         argnums: the argument to differentiate by; for several the coordinates are those of the tuple of them.
         has_aux: f returns ``(value, aux)``; aux is dropped.

@@ -32,11 +32,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from functional_hess.coloring import SparsityPattern
 from functional_hess.connections import Call, base_name, connected, tensors_in, widened
 from functional_hess.guards import MissingDerivativeError
 from functional_hess.index_sets import IndexSets, TooManyError
 from functional_hess.levels import flat_vjp
+from functional_hess.patterns import SparsityPattern
 from functional_hess.products import DOUBLE_BACKWARD, REVERSE_OVER_REVERSE, first_mode_that_works, product_at
 from functional_hess.transcripts import Transcript, storage_of, transcript
 

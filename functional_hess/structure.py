@@ -20,14 +20,13 @@ from torch import Tensor
 
 from functional_hess.coloring import (
     Coloring,
-    SparsityPattern,
-    banded,
     bidirectional_coloring,
     column_coloring,
     recovery,
     row_coloring,
     star_coloring,
 )
+from functional_hess.patterns import SparsityPattern, banded
 
 __all__ = ["given_coloring", "given_pattern", "read_structure", "write_structure"]
 

@@ -11,10 +11,7 @@ import scipy.sparse
 from functional_hess.coloring import (
     ORDERS,
     Coloring,
-    SparsityPattern,
-    banded,
     bidirectional_coloring,
-    blocks,
     column_coloring,
     distance_1_coloring,
     ordered,
@@ -24,6 +21,7 @@ from functional_hess.coloring import (
     star_coloring,
     violation,
 )
+from functional_hess.patterns import SparsityPattern, banded, blocks
 
 NOTHING = np.empty(0, dtype=np.int64)
 

@@ -33,7 +33,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 import functional_hess as fh
-from functional_hess import __main__, coloring, levels, plots, report, sparsity, testing
+from functional_hess import __main__, coloring, levels, patterns, plots, report, sparsity, testing
 from functional_hess.differences import LawError
 from functional_hess.prepared import PrepareError
 
@@ -521,8 +521,8 @@ def no_plan(path: Path) -> Any:
     return fh.load_plan(path, chain)
 
 
-PATTERN = coloring.banded(1)(3)
-ONE_ROW = coloring.SparsityPattern.of_entries([0], [1], (2, 2))
+PATTERN = patterns.banded(1)(3)
+ONE_ROW = patterns.SparsityPattern.of_entries([0], [1], (2, 2))
 
 ROWS: dict[str, list[Row]] = {
     "trees": [
@@ -1394,22 +1394,22 @@ ROWS: dict[str, list[Row]] = {
             "rows",
             ValueError,
             "pattern: rows must be in range(2), for the shape is (2, 2), got 3.",
-            lambda _: coloring.SparsityPattern.of_entries([0, 3], [0, 0], (2, 2)),
+            lambda _: patterns.SparsityPattern.of_entries([0, 3], [0, 0], (2, 2)),
         ),
         Row(
             "columns",
             ValueError,
             "pattern: columns must be in range(2), for the shape is (2, 2), got -1.",
-            lambda _: coloring.SparsityPattern.of_entries([0], [-1], (2, 2)),
+            lambda _: patterns.SparsityPattern.of_entries([0], [-1], (2, 2)),
         ),
         Row(
             "pattern",
             ValueError,
             "pattern: a matrix has two dimensions, got an array of shape (3,).",
-            lambda _: coloring.SparsityPattern.of_matrix(np.ones(3)),
+            lambda _: patterns.SparsityPattern.of_matrix(np.ones(3)),
         ),
-        Row("half_width", ValueError, "banded: half_width must be at least 0, got -1.", lambda _: coloring.banded(-1)),
-        Row("sizes", ValueError, "blocks: the sizes must add up to 3, got 2.", lambda _: coloring.blocks([1, 1])(3)),
+        Row("half_width", ValueError, "banded: half_width must be at least 0, got -1.", lambda _: patterns.banded(-1)),
+        Row("sizes", ValueError, "blocks: the sizes must add up to 3, got 2.", lambda _: patterns.blocks([1, 1])(3)),
         Row(
             "order",
             ValueError,
@@ -1426,7 +1426,7 @@ ROWS: dict[str, list[Row]] = {
             "(0, 0)",
             ValueError,
             "the coloring does not belong to the pattern: entry (0, 0) cannot be read from any product. Color this pattern.",
-            lambda _: coloring.recovery(PATTERN, coloring.column_coloring(coloring.banded(0)(3))),
+            lambda _: coloring.recovery(PATTERN, coloring.column_coloring(patterns.banded(0)(3))),
         ),
     ],
     "laws": [
@@ -1678,7 +1678,7 @@ ROWS: dict[str, list[Row]] = {
             "coloring",
             ValueError,
             "sparse_hessian: coloring must have 3 columns or 3 rows, got 4 columns and 0 rows.",
-            lambda _: planned(coloring=coloring.star_coloring(coloring.banded(1)(4))),
+            lambda _: planned(coloring=coloring.star_coloring(patterns.banded(1)(4))),
         ),
         Row(
             "is no plan",

@@ -25,7 +25,7 @@ from torch import Tensor
 
 import functional_hess as fh
 from functional_hess import SparsePlan, SparsityError, coloring, plans, sparse_hessian, sparse_jacobian
-from functional_hess.coloring import SparsityPattern, banded, blocks
+from functional_hess.patterns import SparsityPattern, banded, blocks
 from functional_hess.products import MODES
 
 INDEX = torch.tensor([0, 2, 2, 5, 1])

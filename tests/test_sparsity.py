@@ -16,7 +16,7 @@ from scenarios import SCENARIOS, VECTOR_SCENARIOS, Scenario, flat_function, rebu
 from torch import Tensor, nn
 
 from functional_hess import sparsity
-from functional_hess.coloring import SparsityPattern, banded, blocks
+from functional_hess.patterns import SparsityPattern, banded, blocks
 from functional_hess.sparsity import Detection, SparsityError, detect_hessian, detect_jacobian
 
 Function = Callable[..., Tensor]
