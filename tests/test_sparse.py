@@ -24,7 +24,7 @@ from scenarios import SCENARIOS, VECTOR_SCENARIOS, Scenario, dense_hessian
 from torch import Tensor
 
 import functional_hess as fh
-from functional_hess import SparsePlan, SparsityError, coloring, plans, sparse_hessian, sparse_jacobian
+from functional_hess import SparsePlan, SparsityError, coloring, plans, sparse_hessian, sparse_jacobian, tasks
 from functional_hess.patterns import SparsityPattern, banded, blocks
 from functional_hess.products import MODES
 
@@ -229,13 +229,13 @@ def test_colors_are_those_known_in_closed_form():
 @pytest.mark.parametrize("n", [50, 500])
 def test_a_call_makes_as_many_products_as_there_are_colors(n, monkeypatch):
     taken: list[int] = []
-    honest = plans.rows_of
+    honest = tasks.rows_of
 
     def counted(product, mode, v, randomness="error"):
         taken.append(len(next(iter(v.values()))))
         return honest(product, mode, v, randomness)
 
-    monkeypatch.setattr(plans, "rows_of", counted)
+    monkeypatch.setattr(tasks, "rows_of", counted)
     monkeypatch.setattr(plans, "prepare", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no graph")))
     plan = sparse_hessian(rosenbrock, numbers(n))
     plan(numbers(n))
