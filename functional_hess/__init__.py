@@ -2,6 +2,7 @@
 
 from functional_hess import coloring, testing, tree
 from functional_hess.chunking import MemoryLimitError
+from functional_hess.explanation import explain
 from functional_hess.extrapolation import FiniteDifferenceWarning
 from functional_hess.guards import LowPrecisionWarning, MissingDerivativeError, RandomnessError
 from functional_hess.impurity import ImpurityError, ImpurityWarning
@@ -14,7 +15,6 @@ from functional_hess.prepared import prepare
 from functional_hess.products import grad_and_hvp, hvp
 from functional_hess.risk import empirical_risk
 from functional_hess.second_order import (
-    explain,
     hessian,
     hessian_blocks,
     hessian_diagonal,

@@ -37,10 +37,11 @@ import torch
 from torch import Tensor
 
 from functional_hess.chunking import MIB, SHARE_OF_AVAILABLE, MemoryLimitError, available_bytes, parse_bytes
+from functional_hess.explanation import explain
 from functional_hess.guards import missing_rule
 from functional_hess.plots import block_norms, heat_map, spectrum
 from functional_hess.products import hvp
-from functional_hess.second_order import explain, hessian
+from functional_hess.second_order import hessian
 from functional_hess.transforms import grad, value_and_grad
 from functional_hess.tree import Space, add, norm, scale, tree_map
 

@@ -39,7 +39,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("seeding", "tasks"),
     ("elimination",),
     ("lifting", "blocks", "colored", "plans"),
-    ("second_order", "per_sample", "sparse"),
+    ("second_order", "explanation", "per_sample", "sparse"),
     ("operators",),
     ("curvature", "solvers", "krylov"),
     ("stochastic", "implicit"),
