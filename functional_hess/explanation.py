@@ -1,7 +1,7 @@
 """What a call of the dense family would do, before it does it.
 
-``hessian(f)`` and its kin bear the function that plans a call. :func:`explain` makes the plan and does not carry it out: it tells the
-route (rows, lifted, colored) and why, the mode of differentiation that the first row takes, the repairs, the chunks, the memory.
+``hessian(f)`` and its kin bear the function that plans a call. :func:`explain` makes the plan and does not carry it out: it tells
+the route (rows, lifted, colored) and why, the mode of differentiation of the first row, the repairs, the chunks, the memory.
 """
 
 from __future__ import annotations

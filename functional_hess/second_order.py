@@ -28,36 +28,25 @@ import torch
 from torch import Tensor
 
 from functional_hess.blocks import Blocks, require_out
-from functional_hess.chunking import progress_bar
 from functional_hess.colored import Colored, color, colored_blocks, colored_diagonal
-from functional_hess.extrapolation import warn_of_doubt
 from functional_hess.guards import value_and_gradient
 from functional_hess.lifting import Lift, lift, lifted_blocks, lifted_diagonal
 from functional_hess.nesting import derived_from
-from functional_hess.products import (
-    DOUBLE_BACKWARD,
-    FINITE_DIFFERENCE,
-    MANY_PRODUCTS,
-    first_mode_that_works,
-    product_at,
-    rows_of,
-)
 from functional_hess.resuming import Record, runs_of
 from functional_hess.rows import (
-    BY_COLUMNS,
     Chunk,
     Options,
     Plan,
     Problem,
-    chunks_of,
     evaluate,
     look,
     plan_rows,
     recorded,
     rows_only,
 )
-from functional_hess.transforms import Output, flat_vmap, plain, require_argnums
+from functional_hess.transforms import Output, plain, require_argnums
 from functional_hess.tree import Piece, Space, flat
+from functional_hess.vector_valued import hessian_of_each_output
 
 __all__ = [
     "hessian",
@@ -559,7 +548,7 @@ def _dense_plan(problem: Problem, symmetric: bool, out: Tensor | None, recorded:
 def _dense(plan: Plan | Lift | Colored, symmetric: bool, out: Tensor | None) -> Tree:
     problem, space = plan.problem, plan.problem.space
     if isinstance(plan, Plan) and not problem.is_scalar:
-        return _dense_of_each_output(plan)
+        return hessian_of_each_output(plan)
     pairs = [(p, q) for p in space.leaves for q in space.leaves]
     blocks = Blocks(problem, plan.columns if isinstance(plan, Plan) else {}, symmetric=symmetric, out=out)
     with blocks.told():
@@ -583,59 +572,3 @@ def _fill(blocks: Blocks, plan: Plan) -> None:
             if record:
                 record.add(_numbers(plan.problem.space, chunk.pieces), blocks.by_columns)
             del chunk  # before the next is computed
-
-
-def _dense_of_each_output(plan: Plan) -> Tree:
-    """H of every output of f: rows of the Hessian of <u, f> for unit vectors u, all in one ``vmap`` where the mode takes one."""
-    problem, space = plan.problem, plan.problem.space
-    outputs = Space.of(problem.seen.value, "f(x)")
-    units = outputs.one_hot(outputs.pieces(range(outputs.dim)))
-    leaves, options = tuple(space.leaves), problem.options
-
-    def rows(mode: str, v: dict[int, Tensor], *u: Tensor) -> Tensors:
-        def contracted(*x: Tensor) -> tuple[Tensor, None]:
-            values = outputs.pack(problem.bound.split(x, options.has_aux)[0], "f(x)")
-            return torch.stack([(a * values[i]).sum() for i, a in zip(units, u, strict=True)]).sum(), None
-
-        product = product_at(replay.each(contracted), problem.bound.x, mode, leaves, leaves, verb=problem.verb)
-        values = rows_of(product, mode, v, options.randomness)
-        warn_of_doubt(product, space)
-        return values
-
-    def attempt(mode: str) -> tuple[str, Tensors]:
-        replay.rewind()
-        run = functools.partial(rows, mode, v)
-        if mode in (DOUBLE_BACKWARD, FINITE_DIFFERENCE):
-            each = [run(*u) for u in zip(*units.values(), strict=True)]
-            return mode, tuple(torch.stack(column) for column in zip(*each, strict=True))
-        return mode, flat_vmap(run, randomness=options.randomness)(*units.values())
-
-    parts: list[list[Tensor]] = []
-    chain: tuple[str, ...] = MANY_PRODUCTS
-    mode = "auto" if options.mode == "fastest" else options.mode
-    with problem.replay() as replay, progress_bar(problem.verb, space.dim, options.progress) as advance:
-        for pieces in chunks_of(space.pieces(range(space.dim if units else 0)), plan.chunk):
-            v = space.one_hot(pieces)
-            used, values = first_mode_that_works(problem.verb, problem.f, problem.bound.x, mode, chain, attempt)
-            chain = (used,)  # rows and columns cannot be mixed
-            parts.append([flat(t, 2) for t in values])  # (m, k, size of leaf) each
-            advance(sum(map(len, pieces)))
-    if not parts:  # x or f(x) has no coordinates
-        parts.append([torch.zeros(outputs.dim, space.dim, t.numel(), dtype=t.dtype, device=t.device) for t in problem.bound.x])
-    whole = [torch.cat(column, 1) for column in zip(*parts, strict=True)]  # (m, n, size of leaf) each
-    by_columns = chain[0] in BY_COLUMNS
-    return outputs.unpack([_vector_blocks(space, outputs, o, whole, by_columns) for o in outputs.leaves])
-
-
-def _vector_blocks(space: Space, outputs: Space, o: int, whole: Sequence[Tensor], by_columns: bool) -> Tree:
-    first, last = outputs.offsets[o], outputs.offsets[o] + outputs.sizes[o]
-    shape = outputs.shapes[o]
-
-    def rows_against(p: int, q: int) -> Tensor:
-        return whole[q][first:last, space.offsets[p] : space.offsets[p] + space.sizes[p]]
-
-    def block(p: int, q: int) -> Tensor:
-        part = rows_against(q, p).mT if by_columns else rows_against(p, q)
-        return plain([part.reshape(shape + space.shapes[p] + space.shapes[q])])[0]
-
-    return space.unpack([space.unpack([block(p, q) for q in space.leaves]) for p in space.leaves])

@@ -38,7 +38,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("independence", "compressed", "contraction"),
     ("seeding", "tasks"),
     ("elimination",),
-    ("lifting", "blocks", "colored", "plans"),
+    ("lifting", "blocks", "colored", "plans", "vector_valued"),
     ("second_order", "explanation", "per_sample", "sparse"),
     ("operators",),
     ("curvature", "solvers", "krylov"),

@@ -18,7 +18,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
 import functional_hess as fh
-from functional_hess import blocks, levels, products, rows, second_order
+from functional_hess import blocks, levels, products, rows, second_order, vector_valued
 from functional_hess.products import MODES
 from functional_hess.testing import LawError
 
@@ -419,7 +419,7 @@ def test_the_wrong_hessian_of_several_outputs_is_caught(monkeypatch: pytest.Monk
     right = fh.hessian(scenario.f)(scenario.x)
     with fh.checked():
         fh.hessian(scenario.f)(scenario.x)
-    monkeypatch.setattr(second_order, "_vector_blocks", lambda *_: rebuild(right, (1.001 * t for t in tensors(right))))
+    monkeypatch.setattr(vector_valued, "_blocks_of", lambda *_: rebuild(right, (1.001 * t for t in tensors(right))))
     with pytest.raises(LawError, match="hessian: H w along"), fh.checked():
         fh.hessian(scenario.f)(scenario.x)
 
