@@ -31,13 +31,14 @@ from functional_hess.patterns import SparsityPattern
 from functional_hess.products import REVERSE_OVER_REVERSE, Product, product_at, rows_of
 from functional_hess.rows import Problem, rows_only
 from functional_hess.sparsity import PROOF, detect_reached
-from functional_hess.tree import Space
+from functional_hess.tree import Space, tensors_of
 
 __all__ = ["Colored", "color", "colored_blocks", "colored_diagonal"]
 
 Tensors = tuple[Tensor, ...]
 WORTH_A_LOOK = 48 * MIB  # bytes that rows would write, some ten milliseconds
 FEW = 1 / 8  # of the entries may differ from zero, and as many products as this part of the rows may be taken
+_dense: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()
 _compressions: weakref.WeakKeyDictionary[SparsityPattern, dict[bool, Compression]] = weakref.WeakKeyDictionary()
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # of the certificate, as a part of |H| |v|
 
@@ -72,12 +73,17 @@ def color(problem: Problem, args: Sequence[Any], output: int, *, diagonal: bool 
         return None
     if PROOF * saved > 1.1 * output + WORKING_SET or not fits(output, problem.space.device):
         return None
+    kind = (diagonal, problem.seen.calls, *((t.shape, t.dtype) for t in tensors_of((problem.bound.x, tuple(args)))[0]))
+    dense = _found_dense(problem.f)
+    if kind in dense:
+        return None
     leaves = tuple(problem.space.leaves)
     with problem.replay(), repaired(fresh=True) as used:
         try:
             product = product_at(problem.scalar, problem.bound.x, REVERSE_OVER_REVERSE, leaves, leaves, verb=problem.verb)
             compression = _compression(problem.space, product, problem.bound.x, diagonal)
             if compression is None:
+                dense.add(kind)
                 return None
             chunk = chunk_of_colors(problem, compression.coloring.count + 1, output)
             entries = _entries(problem.space, product, compression, chunk)
@@ -86,6 +92,14 @@ def color(problem: Problem, args: Sequence[Any], output: int, *, diagonal: bool 
                 raise
             return None
     return None if entries is None else Colored(problem, compression, entries, chunk, output, tuple(sorted(used)))
+
+
+def _found_dense(f: Any) -> set[Any]:
+    """The kinds of arguments at which f was looked at in vain: rows are right there, whatever has changed."""
+    try:
+        return _dense.setdefault(f, set())
+    except TypeError:  # a callable without weak references or hash
+        return set()
 
 
 def _compression(space: Space, product: Product, x: Tensors, diagonal: bool) -> Compression | None:

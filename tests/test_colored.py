@@ -213,3 +213,22 @@ def test_singular_points_keep_their_nans():
 
     x = torch.zeros(40, dtype=torch.float64)
     assert explain(fh.hessian(f), x).route == "dense rows"
+
+
+def test_a_dense_hessian_is_looked_at_once(monkeypatch):
+    """Until f is another program, or its arguments are of another kind."""
+    looks = []
+    original = colored.detect_reached
+    monkeypatch.setattr(colored, "detect_reached", lambda *given, **options: looks.append(0) or original(*given, **options))
+    coupled = True
+
+    def f(x):
+        return x.sum().sin() * x.square().sum() if coupled else (x[1:] * x[:-1] ** 3).sum()
+
+    x = numbers(40)
+    for expected in (1, 1):
+        assert relative_error(fh.hessian(f)(x), matrix(oracle_hessian(f, [x]), [x])) < 1e-12 and len(looks) == expected
+    fh.hessian(f)(numbers(41))
+    assert len(looks) == 2
+    coupled = False
+    assert explain(fh.hessian(f), x).route == "colored"
