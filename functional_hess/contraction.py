@@ -305,15 +305,18 @@ def _places(i: Tensor, k: Tensor, m: int) -> Tensor:
 def product_of(pair: Pair, Vs: Tensor, Vt: Tensor) -> tuple[Tensor, Tensor]:
     """What a pair adds to H v at the entries of s, and by its mirror image at those of t; v is Vs (i, j) and Vt (k, p)."""
     ws, wt = pair.hs @ Vs.T, pair.ht @ Vt.T
-    at_s = torch.einsum("naj,ainbk,nbk->ij", pair.hs, pair.A, wt)
-    at_t = torch.einsum("nai,ainbk,nbp->kp", ws, pair.A, pair.ht)
+    on_s = torch.einsum("ainbk,nbk->nai", pair.A, wt)  # two factors at a time: more would be multiplied out first
+    on_t = torch.einsum("ainbk,nai->nbk", pair.A, ws)
+    moved = torch.zeros_like(pair.ht)
     if pair.D is not None:
-        at_s += torch.einsum("naj,ainbp,nbp->ij", pair.hs, pair.D, pair.g @ Vt)
-        at_t += torch.einsum("nai,ainbp,nbk->kp", ws, pair.D, pair.g)
+        on_s = on_s + torch.einsum("ainbp,nbp->nai", pair.D, pair.g @ Vt)
+        moved = torch.einsum("ainbp,nai->nbp", pair.D, ws)
     if pair.slope is not None:
-        o = pair.s.out
-        at_s += torch.einsum("naj,ni,nai->ij", pair.hs, pair.slope, (pair.g @ Vt)[..., :o])
-        at_t[:, :o] += torch.einsum("nai,ni,nak->ki", ws, pair.slope, pair.g)
+        units = slice(pair.s.out)
+        on_s = on_s + pair.slope[:, None] * (pair.g @ Vt)[..., units]
+        moved[..., units] = pair.slope[:, None] * ws
+    at_s = torch.einsum("naj,nai->ij", pair.hs, on_s)
+    at_t = torch.einsum("nbk,nbp->kp", on_t, pair.ht) + torch.einsum("nbk,nbp->kp", pair.g, moved)
     return at_s, torch.zeros_like(at_t) if pair.same else at_t
 
 
