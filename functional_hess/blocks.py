@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from functional_hess.chunking import room_for
 from functional_hess.nesting import is_outermost
 from functional_hess.resuming import runs_of
 from functional_hess.rows import Chunk, Problem
@@ -128,7 +127,7 @@ class Blocks:
                 self.written[p, q] = rows[:, space.offsets[q] : space.offsets[q] + space.sizes[q]]
             else:
                 dtype = torch.promote_types(space.dtypes[p], space.dtypes[q])
-                self.written[p, q] = room_for(space.sizes[p], space.sizes[q], dtype, space.devices[p])
+                self.written[p, q] = torch.empty(space.sizes[p], space.sizes[q], dtype=dtype, device=space.devices[p])
         return self.written[p, q]
 
     def block(self, p: int, q: int) -> Tensor:

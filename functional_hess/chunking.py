@@ -32,15 +32,14 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from functional_hess.levels import repaired
-from functional_hess.nesting import at_depth, depth, derivative_levels, is_outermost
+from functional_hess.nesting import at_depth, depth, derivative_levels
 from functional_hess.tree import tensors_of
 
 try:
@@ -62,7 +61,6 @@ __all__ = [
     "progress_bar",
     "recomputed",
     "require_room",
-    "room_for",
     "survey",
     "uncounted",
 ]
@@ -75,8 +73,6 @@ NO_LIMIT = 2**60  # the first version of cgroups writes a number near 2**63 wher
 CACHE_TARGET = 1.0 * MIB  # bytes of one batched intermediate result,
 CACHE_TARGET_OF_A_THREAD = 0.5 * MIB  # or so many for each thread
 CACHE_TARGET_ACCELERATOR = 64.0 * MIB
-HUGE = 4 * MIB  # bytes from which on numpy asks for huge pages
-ALIGNED = 64  # bytes
 ALLOCATOR_SLACK = 2.0  # what the system's allocator may hold beyond the storages alive
 FEWEST_FOR_SPEED = 32  # rows below which a better estimate is asked for,
 FEWEST_AT_ONCE = 8  # and below which no chunk goes for the sake of the cache
@@ -494,17 +490,6 @@ def require_room(
     if output > total:
         limit = "memory_limit" if memory_limit is not None else f"{SHARE_OF_AVAILABLE:.0%} of the memory available"
         raise MemoryLimitError(f"{verb}: {what} needs {megabytes(output)}, but {limit} is {megabytes(total)}. {cure}")
-
-
-def room_for(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialized matrix; a large one on the CPU from numpy, which asks for huge pages: to touch them first costs less."""
-    size = rows * columns * dtype.itemsize
-    if device.type == "cpu" and size >= HUGE and is_outermost() and _get_current_dispatch_mode() is None:
-        with contextlib.suppress(MemoryError):  # torch says it in its own way
-            buffer = np.empty(size + ALIGNED, np.uint8)
-            start = -buffer.ctypes.data % ALIGNED
-            return torch.from_numpy(buffer[start : start + size]).view(dtype).view(rows, columns)
-    return torch.empty(rows, columns, dtype=dtype, device=device)
 
 
 def _total(device: torch.device, memory_limit: int | float | str | None) -> float:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from functional_hess.chunking import MIB, WORKING_SET, fits, room_for
+from functional_hess.chunking import MIB, WORKING_SET, fits
 from functional_hess.coloring import distance_1_coloring, recovery, recovery_of_diagonal, star_coloring
 from functional_hess.compressed import Compression, chunk_of_colors, joined, summed_units
 from functional_hess.guards import missing_rule
@@ -187,7 +187,7 @@ def colored_blocks(plan: Colored, pairs: Iterable[tuple[int, int]], out: Tensor 
 
 def _zeros(space: Space, p: int, q: int, out: Tensor | None) -> Tensor:
     if out is None:
-        return room_for(space.sizes[p], space.sizes[q], space.dtype, space.device).zero_()
+        return torch.zeros(space.sizes[p], space.sizes[q], dtype=space.dtype, device=space.device)
     return out[space.offsets[p] :, space.offsets[q] :][: space.sizes[p], : space.sizes[q]].zero_()
 
 

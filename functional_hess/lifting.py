@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functional_hess.chunking import MIB, WORKING_SET, fits, megabytes, room_for
+from functional_hess.chunking import MIB, WORKING_SET, fits, megabytes
 from functional_hess.contraction import diagonal_of, product_of, put_pair
 from functional_hess.elimination import (
     chained,
@@ -263,7 +263,7 @@ def _each_entry_once(plan: Lift) -> bool:
 def _matrix(plan: Lift, p: int, q: int, out: Tensor | None) -> Tensor:
     space = plan.problem.space
     if out is None:
-        return room_for(space.sizes[p], space.sizes[q], space.dtypes[p], space.devices[p])
+        return torch.empty(space.sizes[p], space.sizes[q], dtype=space.dtypes[p], device=space.devices[p])
     return out[space.offsets[p] :, space.offsets[q] :][: space.sizes[p], : space.sizes[q]]
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from functional_hess.chunking import room_for
 from functional_hess.contraction import ENOUGH, Pair, product_of, put_pair
 from functional_hess.sites import Entry, Site
 
@@ -145,34 +144,3 @@ def test_places_that_meet_twice_or_lie_irregularly_are_no_lattice():
     assert Entry(0, torch.tensor([[0, 1], [0, 1]]), False).lattice is None
     assert Entry(0, torch.tensor([[0, 2], [1, 4]]), False).lattice is None
     assert Entry(0, torch.tensor([[3, 2], [1, 0]]), False).lattice is None
-
-
-# Room -----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("rows", [3, 1500])
-def test_room_is_a_matrix_of_its_own_that_starts_at_a_cache_line(dtype, rows):
-    matrix = room_for(rows, 1500, dtype, torch.device("cpu"))
-    assert (matrix.shape, matrix.dtype, matrix.is_contiguous()) == ((rows, 1500), dtype, True)
-    assert matrix.data_ptr() % 64 == 0 and matrix.untyped_storage().nbytes() == matrix.nbytes
-    other = room_for(rows, 1500, dtype, torch.device("cpu"))
-    matrix.fill_(1), other.fill_(2)
-    assert bool((matrix == 1).all())
-
-
-def test_large_room_is_seen_by_modes_that_count_or_trace():
-    traced = torch.fx.experimental.proxy_tensor.make_fx(lambda x: room_for(1500, 1500, x.dtype, x.device).fill_(1) * x)(
-        torch.ones(())
-    )
-    assert "aten.empty" in traced.code
-    with torch._subclasses.FakeTensorMode():
-        assert isinstance(room_for(1500, 1500, torch.float64, torch.device("cpu")), torch._subclasses.FakeTensor)
-
-
-def test_room_that_numpy_cannot_give_is_asked_of_torch(monkeypatch):
-    def none(*_: object) -> None:
-        raise MemoryError
-
-    monkeypatch.setattr("numpy.empty", none)
-    assert room_for(1500, 1500, torch.float64, torch.device("cpu")).shape == (1500, 1500)
