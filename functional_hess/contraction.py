@@ -101,7 +101,7 @@ def _values(pair: Pair) -> Iterator[tuple[Entry, Entry, Tensor, bool]]:
 
     The last says whether it comes on top of values of the same pair. Values lie in memory in the order that suits the entries.
     """
-    if pair.whole and pair.s.positions == 1:
+    if pair.whole and pair.s.positions == 1 and _panel_row(pair) <= WORKING_SET / 4:
         yield from _in_panels(pair)
         return
     for some, mirrored in _in_parts(pair):
@@ -245,13 +245,17 @@ def _entries(site: Site, first: int, last: int, start: int) -> list[tuple[slice,
 
 def _panels(pair: Pair) -> Iterator[tuple[int, int, Tensor]]:
     """sum over n of h[n,j] A[i,n,k] h[n,p] -> (i, j, k, p) for j from a first feature to a last one, and p from the first on."""
-    J, o = pair.s.width, pair.s.out
-    row = J * o * o * pair.hs.element_size()
+    J, row = pair.s.width, _panel_row(pair)
     step = J if J * row <= MIB else max(1, min(-(-J // PANELS), int(PANEL / row)))
     panel = _rows_panel(pair, step) if _by_rows(pair) else _units_panel(pair)
     for first in range(0, J, step):
         last = min(first + step, J)
         yield first, last, panel(first, last)
+
+
+def _panel_row(pair: Pair) -> int:
+    """Bytes of the values of one feature with all others."""
+    return pair.s.width * pair.s.out**2 * pair.hs.element_size()
 
 
 def _rows_panel(pair: Pair, step: int) -> Callable[[int, int], Tensor]:
@@ -263,7 +267,7 @@ def _rows_panel(pair: Pair, step: int) -> Callable[[int, int], Tensor]:
     count = max(1, int(PANEL / (step * J * pair.hs.element_size())))
     operands = list(zip(pair.hs[:, 0].T.split(count, 1), units.split(count, 1), strict=True))
     operands = [(h.contiguous(), few) for h, few in operands]
-    spread = _places(i, k, o)
+    spread = _places(i, k, o) if half else i
     turned = _units_innermost(pair.s)
 
     def panel(first: int, last: int) -> Tensor:

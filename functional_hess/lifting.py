@@ -317,9 +317,10 @@ def _pairs_agree(plan: Lift) -> bool:
     v = _random(plan)
     V = {group.key: _at_entries(group, v) for group in plan.groups}
     mine = {key: torch.zeros_like(matrix) for key, matrix in V.items()}
-    for pair in pairs_by_stages(plan, plan.samples, lambda s, t: True):
-        for key, part in zip((pair.s.key, pair.t.key), product_of(pair, V[pair.s.key], V[pair.t.key]), strict=True):
-            mine[key] += part
+    for part in plan.samples.split(samples_of_all_stages(plan)):
+        for pair in pairs_by_stages(plan, part, lambda s, t: True):
+            for key, added in zip((pair.s.key, pair.t.key), product_of(pair, V[pair.s.key], V[pair.t.key]), strict=True):
+                mine[key] += added
     theirs = lifted_product(plan, v)
     return _off(_of_leaves(plan, mine), theirs) <= TOLERANCE[plan.x[0].dtype] * max(float(t.abs().max()) for t in theirs)
 

@@ -79,9 +79,9 @@ def test_a_site_with_itself_gives_the_sum_over_samples_and_positions(N, position
     pair, sizes = of_itself(N, positions, out, features, lies), [out * features, out]
     assert agree(result(pair, sizes), truth(pair, sizes))
     monkeypatch.setattr("functional_hess.contraction.MIB", 0)
-    for bytes_at_a_time in (10_000, 1000):  # in parts of features or units, and of samples
-        monkeypatch.setattr("functional_hess.contraction.PANEL", bytes_at_a_time)
-        monkeypatch.setattr("functional_hess.contraction.WORKING_SET", bytes_at_a_time)
+    for panel, working_set in ((10_000, 50_000), (1000, 50_000), (1000, 1000)):  # in parts of features or units, and of samples
+        monkeypatch.setattr("functional_hess.contraction.PANEL", panel)
+        monkeypatch.setattr("functional_hess.contraction.WORKING_SET", working_set)
         assert agree(result(pair, sizes), truth(pair, sizes))
 
 
